@@ -1,0 +1,81 @@
+"""A torch.fx compiler that quantizes PyTorch models after training and tells the truth about each node."""
+
+from mono_quant_fx import passes
+from mono_quant_fx.accuracy import measure_accuracy
+from mono_quant_fx.capture import capture
+from mono_quant_fx.compiler import default_pipeline, quantize
+from mono_quant_fx.config import DEFAULT_INT4_SKIP, QuantConfig, QuantScheme
+from mono_quant_fx.dequantize_model import dequantize_model
+from mono_quant_fx.errors import (
+    AccuracyError,
+    CalibrationError,
+    CaptureError,
+    ConfigError,
+    MonoQuantError,
+    NothingQuantizedError,
+    PassError,
+    PatternError,
+    PostconditionError,
+    PreconditionError,
+    WeightError,
+)
+from mono_quant_fx.metrics import max_abs_error, relative_error, sqnr_db
+from mono_quant_fx.modules import QuantizedLinearInt4
+from mono_quant_fx.numerics import QuantizedWeight, quantize_weight_int4
+from mono_quant_fx.observers import MinMaxObserver, create_observer
+from mono_quant_fx.pass_base import Pass, PassResult, Pipeline
+from mono_quant_fx.printing import diff_graphs, format_graph
+from mono_quant_fx.result import QuantizationInfo, QuantizationResult
+from mono_quant_fx.table import AccuracyRow, AccuracyTable
+from mono_quant_fx.validation import (
+    AccuracyWarning,
+    ValidationResult,
+    check_accuracy_warnings,
+    validate_quantization,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DEFAULT_INT4_SKIP",
+    "AccuracyError",
+    "AccuracyRow",
+    "AccuracyTable",
+    "AccuracyWarning",
+    "CalibrationError",
+    "CaptureError",
+    "ConfigError",
+    "MinMaxObserver",
+    "MonoQuantError",
+    "NothingQuantizedError",
+    "Pass",
+    "PassError",
+    "PassResult",
+    "PatternError",
+    "Pipeline",
+    "PostconditionError",
+    "PreconditionError",
+    "QuantConfig",
+    "QuantScheme",
+    "QuantizationInfo",
+    "QuantizationResult",
+    "QuantizedLinearInt4",
+    "QuantizedWeight",
+    "ValidationResult",
+    "WeightError",
+    "capture",
+    "check_accuracy_warnings",
+    "create_observer",
+    "default_pipeline",
+    "dequantize_model",
+    "diff_graphs",
+    "format_graph",
+    "max_abs_error",
+    "measure_accuracy",
+    "passes",
+    "quantize",
+    "quantize_weight_int4",
+    "relative_error",
+    "sqnr_db",
+    "validate_quantization",
+]

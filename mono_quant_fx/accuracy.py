@@ -1,0 +1,198 @@
+"""measure_accuracy: fills the table by walking the float and the quantized graph in lockstep over the data."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from mono_quant_fx import graph, numerics
+from mono_quant_fx.annotation import QuantAnnotation, annotated, stored_weight
+from mono_quant_fx.config import check_thresholds
+from mono_quant_fx.data import Batch, Prepare, collect
+from mono_quant_fx.errors import CalibrationError, PreconditionError
+from mono_quant_fx.lockstep import Lockstep
+from mono_quant_fx.metrics import ErrorSum
+from mono_quant_fx.run import Progress
+from mono_quant_fx.table import AccuracyRow, AccuracyTable
+from mono_quant_fx.weight_ops import to_matrix
+
+#: dB above which a node needs no second look.
+GOOD_DB = 30.0
+
+
+def measure_accuracy(
+    reference: fx.GraphModule,
+    quantized: fx.GraphModule,
+    batches: Iterable[Any] | None = None,
+    *,
+    all_nodes: bool = False,
+    num_samples: int | None = None,
+    prepare_batch: Prepare | None = None,
+    sqnr_warning_threshold: float = 20.0,
+    sqnr_error_threshold: float = 10.0,
+) -> AccuracyTable:
+    """One row a weight-carrying node, in execution order (`all_nodes`: one a floating-point node).
+
+    Args:
+        reference: the captured float graph.
+        quantized: what a pipeline made of it.
+        batches: data to measure outputs on; None measures weights only.
+        num_samples: use the first so many samples along dim 0; None uses all.
+
+    Raises:
+        PreconditionError: `quantized` carries no annotations, or is not made from `reference`.
+        CalibrationError: the data is empty or does not fit.
+    """
+    check_thresholds(sqnr_warning_threshold, sqnr_error_threshold)
+    rows = _weight_rows(reference, quantized)
+    if not rows:
+        raise PreconditionError("measure_accuracy: no node is annotated; run skip-annotation on the graph first")
+    errors: dict[str, _NodeErrors] = defaultdict(_NodeErrors)
+    samples = 0
+    if batches is not None:
+        taken, samples = collect(batches, num_samples or (1 << 62), prepare_batch)
+        names = {n.name for n in quantized.graph.nodes} if all_nodes else {r.node for r in rows}
+        local_at = {row.node for row in rows if row.weight_sqnr_db is not None}
+        _measure(reference, quantized, taken, samples, names, local_at, errors)
+    if all_nodes:
+        rows = _with_every_node(rows, quantized, errors)
+    order = {n.name: i for i, n in enumerate(quantized.graph.nodes)}
+    filled = [_fill(row, errors, sqnr_warning_threshold, sqnr_error_threshold) for row in rows]
+    filled.sort(key=lambda row: order[row.node])
+    output = errors[_OUTPUT].accumulated.sqnr_db if samples else None
+    return AccuracyTable(tuple(filled), output, samples)
+
+
+class _NodeErrors:
+    def __init__(self) -> None:
+        self.accumulated, self.local = ErrorSum(), ErrorSum()
+
+
+_OUTPUT = "output"
+
+
+def _measure(
+    reference: fx.GraphModule,
+    quantized: fx.GraphModule,
+    batches: list[Batch],
+    samples: int,
+    names: set[str],
+    local_at: set[str],
+    errors: dict[str, _NodeErrors],
+) -> None:
+    def visit(node: fx.Node, expected: Any, accumulated: Any, local: Any) -> None:
+        if node.op != "output" and (node.name not in names or node.op in ("get_attr", "placeholder")):
+            return
+        entry = errors[_OUTPUT if node.op == "output" else node.name]
+        _add(entry.accumulated, expected, accumulated)
+        if local is not None:
+            _add(entry.local, expected, local)
+
+    twins = graph.isolate(reference), graph.isolate(quantized)
+    plan = Lockstep(twins[0], twins[1], local_at)  # type: ignore[arg-type]
+    with Progress("measuring accuracy", samples) as progress:
+        for number, batch in enumerate(batches):
+            plan.run(batch, number, visit)
+            progress.advance(batch.samples())
+
+
+def _add(total: ErrorSum, expected: Any, actual: Any) -> None:
+    pairs = zip(pytree.tree_leaves(expected), pytree.tree_leaves(actual), strict=True)
+    for a, b in pairs:
+        if isinstance(a, Tensor) and a.is_floating_point():
+            if a.shape != b.shape:
+                raise CalibrationError(f"the graphs disagree on a shape: {tuple(a.shape)} and {tuple(b.shape)}")
+            total.add(a, b)
+
+
+def _weight_rows(reference: fx.GraphModule, quantized: fx.GraphModule) -> list[AccuracyRow]:
+    rows = []
+    for node, annotation in annotated(quantized):
+        weight = _Weight.read(reference, quantized, node, annotation)
+        for i, user in enumerate(annotation.users):
+            reason = annotation.reason
+            if i:
+                shared = f"shares the weight of {annotation.users[0].node}"
+                reason = f"{shared}; {reason}" if reason else shared
+            rows.append(
+                AccuracyRow(
+                    user.node, user.op, user.module, annotation.weight, weight.scheme, reason, annotation.shape,
+                    0 if i else weight.before, 0 if i else weight.after, weight.sqnr_db,
+                )
+            )  # fmt: skip
+    return rows
+
+
+@dataclass(frozen=True)
+class _Weight:
+    scheme: str
+    before: int
+    after: int
+    sqnr_db: float | None
+
+    @classmethod
+    def read(
+        cls, reference: fx.GraphModule, quantized: fx.GraphModule, node: fx.Node, annotation: QuantAnnotation
+    ) -> _Weight:
+        if not annotation.lowered:
+            value = graph.get_attribute(quantized, str(node.target))
+            tensors = [value] if isinstance(value, Tensor) else list(value.parameters())
+            size = sum(t.nbytes for t in tensors)
+            planned = f" ({annotation.scheme} planned)" if annotation.scheme else ""
+            return cls(annotation.dtype + planned, size, size, None)
+        try:
+            weight = graph.get_attribute(reference, annotation.weight)
+        except AttributeError as e:
+            raise PreconditionError(
+                f"measure_accuracy: the float graph has no weight {annotation.weight!r}; give the graph that the "
+                "quantized one was made from"
+            ) from e
+        stored = stored_weight(quantized, annotation)
+        size = sum(t.nbytes for t in stored if t is not None)
+        return cls(str(annotation.scheme), weight.nbytes, size, _weight_sqnr(weight, stored, annotation))
+
+
+def _weight_sqnr(weight: Tensor, stored: numerics.QuantizedWeight, annotation: QuantAnnotation) -> float | None:
+    assert annotation.scheme is not None
+    matrix = to_matrix(weight.detach(), annotation.layout, annotation.groups)
+    step = max(1, numerics.TILE // matrix.shape[1])
+    total = ErrorSum()
+    for start in range(0, matrix.shape[0], step):
+        rows = slice(start, start + step)
+        part = numerics.QuantizedWeight(*(None if t is None else t[rows] for t in stored))  # type: ignore[arg-type]
+        group_size = annotation.scheme.group_size
+        total.add(matrix[rows], numerics.dequantize_weight(part, group_size, matrix.shape[1]))
+    return total.sqnr_db
+
+
+def _with_every_node(
+    rows: list[AccuracyRow], quantized: fx.GraphModule, errors: dict[str, _NodeErrors]
+) -> list[AccuracyRow]:
+    known = {row.node for row in rows}
+    more = [
+        AccuracyRow(n.name, graph.op_name(n), graph.module_path(n), "", "", "", (), 0, 0)
+        for n in quantized.graph.nodes
+        if n.name not in known and n.name in errors and n.op != "output" and errors[n.name].accumulated.batches
+    ]
+    return rows + more
+
+
+def _fill(row: AccuracyRow, errors: dict[str, _NodeErrors], warning_db: float, error_db: float) -> AccuracyRow:
+    entry = errors.get(row.node)
+    if entry is not None and entry.accumulated.batches:
+        row = replace(
+            row,
+            accumulated_sqnr_db=entry.accumulated.sqnr_db,
+            max_abs_error=entry.accumulated.max_abs,
+            local_sqnr_db=entry.local.sqnr_db,
+        )
+    db = row.judged_db
+    if db is None:
+        return row
+    status = "critical" if db < error_db else "warning" if db < warning_db else "good" if db > GOOD_DB else "ok"
+    return replace(row, status=status)

@@ -1,0 +1,108 @@
+"""The decision about one weight, and the only code that reads or writes it on node.meta.
+
+It sits on the get_attr node of the weight (one node a tensor, tied weights included) and moves to the get_attr node of
+the packed weight when the weight is lowered; for a module that stayed a leaf it sits on the call_module node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from mono_quant_fx.config import QuantScheme
+from mono_quant_fx.graph import get_attribute
+from mono_quant_fx.numerics import QuantizedWeight
+
+KEY = "mono_quant_fx"
+
+
+@dataclass(frozen=True)
+class WeightUser:
+    """One op that consumes the weight: its node's name, the op's name, its module's path, its activation's node."""
+
+    node: str
+    op: str
+    module: str
+    input: str | None = None
+
+
+@dataclass(frozen=True)
+class ObservedInput:
+    """What an observer saw on the input of one consumer."""
+
+    source: str
+    observer: str
+    statistics: dict[str, tuple[float, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class QuantAnnotation:
+    """A weight, what becomes of it, and why.
+
+    Attributes:
+        weight: its fully qualified name; for a leaf module, the module's name.
+        scheme: how it is stored; None keeps it as it is.
+        reason: one line for the table: the rule that decided, and what it changed.
+        shape, dtype: of the float weight, as the model has it.
+        layout, groups: how it is viewed as a matrix [N, K] (see weight_ops.Layout).
+        users: the ops that consume it, in execution order.
+        observed: what calibration saw on their inputs.
+        lowered: the codes have replaced it.
+    """
+
+    weight: str
+    scheme: QuantScheme | None
+    reason: str
+    shape: tuple[int, ...]
+    dtype: str
+    layout: str = "rows"
+    groups: int = 1
+    users: tuple[WeightUser, ...] = ()
+    observed: tuple[ObservedInput, ...] = ()
+    lowered: bool = False
+
+    @property
+    def storage_names(self) -> tuple[str, str, str]:
+        """Where codes, scale and zero point are stored, by compressed-tensors' names (INT8 codes: the weight's own)."""
+        packed = self.weight if self.scheme is not None and self.scheme.bits == 8 else f"{self.weight}_packed"
+        return packed, f"{self.weight}_scale", f"{self.weight}_zero_point"
+
+
+def get_annotation(node: fx.Node) -> QuantAnnotation | None:
+    """The annotation on a node, if any."""
+    return node.meta.get(KEY)
+
+
+def set_annotation(node: fx.Node, annotation: QuantAnnotation) -> None:
+    """Puts (or replaces) the annotation on a node."""
+    node.meta[KEY] = annotation
+
+
+def drop_annotation(node: fx.Node) -> None:
+    """Removes the annotation from a node."""
+    node.meta.pop(KEY, None)
+
+
+def annotated(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, QuantAnnotation]]:
+    """Every annotated node, in execution order."""
+    for node in gm.graph.nodes:
+        annotation = get_annotation(node)
+        if annotation is not None:
+            yield node, annotation
+
+
+def stored_weight(gm: fx.GraphModule, annotation: QuantAnnotation) -> QuantizedWeight:
+    """The stored tensors of a lowered weight."""
+    packed, scale, zero_point = annotation.storage_names
+    symmetric = annotation.scheme is None or annotation.scheme.symmetric
+    zero = None if symmetric else get_attribute(gm, zero_point)
+    return QuantizedWeight(get_attribute(gm, packed), get_attribute(gm, scale), zero)
+
+
+def pending(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, QuantAnnotation]]:
+    """The annotated weights that have a scheme and are not lowered yet."""
+    for node, annotation in annotated(gm):
+        if annotation.scheme is not None and not annotation.lowered:
+            yield node, annotation

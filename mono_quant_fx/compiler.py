@@ -1,0 +1,152 @@
+"""The whole compiler as one readable column: capture, the pipeline, the table, the figures."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+from torch import fx, nn
+
+from mono_quant_fx import graph
+from mono_quant_fx.accuracy import measure_accuracy
+from mono_quant_fx.annotation import annotated
+from mono_quant_fx.capture import capture
+from mono_quant_fx.config import QuantConfig
+from mono_quant_fx.data import Batch, Prepare, collect
+from mono_quant_fx.pass_base import Callback, Pass, Pipeline
+from mono_quant_fx.passes import (
+    CalibrationExecution,
+    DequantFusion,
+    Int4GroupwiseLowering,
+    ObserverInsertion,
+    SkipAnnotation,
+)
+from mono_quant_fx.result import QuantizationInfo, QuantizationResult
+from mono_quant_fx.table import AccuracyTable
+from mono_quant_fx.validation import check_accuracy_warnings
+
+T = TypeVar("T")
+
+
+def default_pipeline(
+    config: QuantConfig | None = None, batches: Iterable[Any] | None = None, callback: Callback | None = None
+) -> Pipeline:
+    """The passes that quantize runs; without batches nothing is observed and rounding needs the weights only."""
+    config = config or QuantConfig()
+    measure: tuple[Pass, ...] = ()
+    if batches is not None:
+        measure = (ObserverInsertion(), CalibrationExecution(batches, config.num_calibration_samples))
+    return Pipeline((SkipAnnotation(config), *measure, Int4GroupwiseLowering(), DequantFusion()), callback)
+
+
+def quantize(
+    model: nn.Module | fx.GraphModule,
+    example_inputs: Any = None,
+    *,
+    calibration_data: Iterable[Any] | None = None,
+    config: QuantConfig | None = None,
+    prepare_batch: Prepare | None = None,
+    **config_fields: Any,
+) -> QuantizationResult:
+    """Quantizes a model in eval mode after training; the model is not touched, and shares what stays float.
+
+    Args:
+        model: an nn.Module, or a GraphModule that capture returned.
+        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments. May be left out where symbolic
+            tracing succeeds or where calibration data is given (its first batch is the example).
+        calibration_data: an iterable of such batches; the first `num_calibration_samples` samples along dim 0 are used.
+            Without it only the weights are judged, and the table says so.
+        config: a QuantConfig; `config_fields` are its fields as keywords and win over it.
+        prepare_batch: turns a batch of the data into the model's arguments, e.g. ``lambda b: b[0]``.
+
+    Raises:
+        ConfigError, PatternError: a bad setting. CaptureError: no graph. CalibrationError: data that does not fit.
+        WeightError: NaN or infinity in a weight. NothingQuantizedError: every weight would be skipped.
+        AccuracyError: accuracy_warning="error" and a critical finding; carries the result.
+
+    >>> model = nn.Sequential(nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, 10)).eval()
+    >>> result = quantize(model, group_size=64)
+    >>> [(row.module, row.scheme) for row in result.accuracy.rows]
+    [('0', 'int4 g64 sym'), ('2', 'int4 g64 sym')]
+    """
+    config = QuantConfig.build(config, config_fields)
+    clock = _Clock()
+    batches, samples = None, 0
+    if calibration_data is not None:
+        batches, samples = collect(calibration_data, config.num_calibration_samples, prepare_batch)
+    if example_inputs is None and batches:
+        example_inputs = batches[0]
+    said, gm = _listening(lambda: clock.time("capture", lambda: capture(model, example_inputs)))
+    out = default_pipeline(config, batches, clock.lap)(gm).graph_module
+    table = clock.time("accuracy", lambda: _measure(gm, out, batches, config))
+    info = _info(gm, out, table, config, samples, clock.seconds)
+    result = QuantizationResult(out, table, info)
+    info.warnings += said
+    info.warnings += check_accuracy_warnings(result, accuracy_warning="ignore", **_thresholds(config))
+    check_accuracy_warnings(result, accuracy_warning=config.accuracy_warning, **_thresholds(config))
+    return result
+
+
+class _Clock:
+    """Seconds by stage: the passes report through the pipeline's callback, everything else through time()."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.last = time.perf_counter()
+
+    def lap(self, stage: Pass, *_: object) -> None:
+        now = time.perf_counter()
+        self.seconds[stage.name], self.last = now - self.last, now
+
+    def time(self, stage: str, work: Callable[[], T]) -> T:
+        self.last = time.perf_counter()
+        value = work()
+        now = time.perf_counter()
+        self.seconds[stage], self.last = now - self.last, now
+        return value
+
+
+def _listening(work: Callable[[], T]) -> tuple[list[str], T]:
+    """What `work` said through warnings (said again, so that the user hears it), and its value."""
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        value = work()
+    ours = [str(w.message) for w in heard if str(w.message).startswith("capture:")]
+    for message in ours:
+        warnings.warn(message, stacklevel=3)
+    return ours, value
+
+
+def _thresholds(config: QuantConfig) -> dict[str, Any]:
+    names = ("sqnr_warning_threshold", "sqnr_error_threshold")
+    return {name: getattr(config, name) for name in names}
+
+
+def _measure(
+    gm: fx.GraphModule, out: fx.GraphModule, batches: list[Batch] | None, config: QuantConfig
+) -> AccuracyTable:
+    return measure_accuracy(gm, out, batches, **_thresholds(config))
+
+
+def _info(
+    gm: fx.GraphModule,
+    out: fx.GraphModule,
+    table: AccuracyTable,
+    config: QuantConfig,
+    samples: int,
+    seconds: dict[str, float],
+) -> QuantizationInfo:
+    quantized, skipped = {}, {}
+    for _, annotation in annotated(out):
+        name = annotation.users[0].module if len(annotation.users) == 1 else ""
+        name = name if annotation.weight.rpartition(".")[0] == name and name else annotation.weight
+        if annotation.lowered:
+            quantized[name] = str(annotation.scheme)
+        else:
+            skipped[name] = annotation.reason
+    return QuantizationInfo(
+        config.bits, config.group_size, config.symmetric, graph.total_bytes(gm), graph.total_bytes(out),
+        table.output_sqnr_db, samples, quantized, skipped, [], seconds,
+    )  # fmt: skip

@@ -1,0 +1,253 @@
+"""What to quantize and how: QuantScheme for one weight, QuantConfig for a model. Frozen, validated, no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mono_quant_fx.errors import ConfigError
+
+NORM_TYPES = (
+    "LayerNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm", "GroupNorm",
+    "InstanceNorm1d", "InstanceNorm2d", "InstanceNorm3d", "RMSNorm",
+)  # fmt: skip
+
+#: The defaults that a user's own lists add to; ``default_skips=False`` drops the first two.
+DEFAULT_INT4_SKIP: Mapping[str, Any] = {
+    "skip_layer_types": ("Embedding", "EmbeddingBag", *NORM_TYPES),
+    "modules_to_not_convert": ("lm_head",),
+    "skip_param_threshold": 512,
+}
+
+FALLBACKS = ("int8", "shrink", "skip", "error")
+
+
+@dataclass(frozen=True)
+class QuantScheme:
+    """How one weight is stored.
+
+    Args:
+        bits: 4 or 8.
+        group_size: columns of a row that share a scale; -1 is the whole row. INT8 is always per row (-1).
+        symmetric: codes around zero (True), or an integer zero point a group (False).
+
+    Raises:
+        ConfigError: a field is outside its rule.
+
+    >>> str(QuantScheme()), str(QuantScheme(8, -1)), str(QuantScheme(4, 32, False))
+    ('int4 g128 sym', 'int8 channel', 'int4 g32 asym')
+    >>> QuantScheme.parse("int4 g64 asym")
+    QuantScheme(bits=4, group_size=64, symmetric=False)
+    """
+
+    bits: int = 4
+    group_size: int = 128
+    symmetric: bool = True
+
+    def __post_init__(self) -> None:
+        _require(self.bits in (4, 8), "bits", self.bits, "bits is 4 or 8")
+        check_group_size(self.group_size)
+        _require(isinstance(self.symmetric, bool), "symmetric", self.symmetric, "symmetric is True or False")
+        if self.bits == 8 and self.group_size != -1:
+            raise ConfigError(
+                f"group_size={self.group_size} with bits=8: INT8 is stored per output channel; use QuantScheme(8, -1)"
+            )
+
+    def __str__(self) -> str:
+        if self.bits == 8:
+            return "int8 channel" if self.symmetric else "int8 channel asym"
+        group = "channel" if self.group_size == -1 else f"g{self.group_size}"
+        return f"int4 {group} {'sym' if self.symmetric else 'asym'}"
+
+    @classmethod
+    def parse(cls, text: str, default: QuantScheme | None = None) -> QuantScheme:
+        """The inverse of str(): "int8", "int4", "int4 g64", "int4 channel asym"; gaps come from `default`."""
+        base = default if default is not None and default.bits == 4 else cls()
+        m = re.fullmatch(r"int(4|8)(?: (channel|g\d+))?(?: (sym|asym))?", text)
+        if m is None:
+            raise ConfigError(f"scheme {text!r}: a scheme reads like 'int8', 'int4 g64 sym' or 'int4 channel asym'")
+        bits, group, symmetry = m.groups()
+        if bits == "8" and group in (None, "channel"):
+            return cls(8, -1, symmetry != "asym")
+        size = base.group_size if group is None else -1 if group == "channel" else int(group[1:])
+        return cls(int(bits), size, base.symmetric if symmetry is None else symmetry == "sym")
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """Everything that decides which weight gets which scheme; each field is also a keyword of `quantize`.
+
+    Patterns in `modules_to_not_convert` and `overrides` match a module (or weight) name exactly, as a prefix that
+    ends at a dot, or as a suffix that begins at one: ``mlp.gate`` never matches ``mlp.gate_proj``. Patterns in
+    `skip_layer_names` are exact names. Everywhere ``re:...`` is a regular expression for the full name.
+
+    Args:
+        bits: 4 or 8 for the weights that no rule singles out.
+        group_size: columns of a row that share a scale in INT4; -1 is the whole row. INT8 is per output channel.
+        axis: 0, the output channels (the only one).
+        symmetric: codes around zero, or with an integer zero point a group.
+        modules_to_not_convert: names to leave alone, Hugging Face style; adds to ("lm_head",).
+        skip_layer_types: classes or class names to leave alone; adds to embeddings and norms.
+        skip_layer_names: exact names, or ``re:`` patterns, to leave alone.
+        skip_param_threshold: weights with fewer elements than this are left alone.
+        overrides: pattern -> QuantScheme, a scheme's text ("int8", "int4 g32 asym") or "skip". Read before every
+            other rule; the first match wins.
+        default_skips: False drops DEFAULT_INT4_SKIP's types and names.
+        skipped_precision: None keeps a skipped weight as it is; "int8" stores it as per-channel INT8.
+        small_layer: what to do when a row is shorter than group_size: "int8", "shrink", "skip" or "error".
+        indivisible: what to do when group_size does not divide a row: the same four. "shrink" takes the largest
+            power of two >= 16 that divides the row, and INT8 when there is none.
+        num_calibration_samples: how many samples (along dim 0) of the calibration data are used.
+        accuracy_warning: "warn", "error" (raise AccuracyError on a critical finding) or "ignore".
+        sqnr_warning_threshold: dB below which a node is reported.
+        sqnr_error_threshold: dB below which a node is critical.
+
+    Raises:
+        ConfigError: a value breaks its rule; the message names the value, the rule and the way out.
+
+    >>> QuantConfig(group_size=64).scheme
+    QuantScheme(bits=4, group_size=64, symmetric=True)
+    >>> QuantConfig(bits=3)
+    Traceback (most recent call last):
+    mono_quant_fx.errors.ConfigError: bits=3: bits is 4 or 8
+    """
+
+    bits: int = 4
+    group_size: int = 128
+    axis: int = 0
+    symmetric: bool = True
+    modules_to_not_convert: tuple[str, ...] = ()
+    skip_layer_types: tuple[str, ...] = ()
+    skip_layer_names: tuple[str, ...] = ()
+    skip_param_threshold: int = DEFAULT_INT4_SKIP["skip_param_threshold"]
+    overrides: tuple[tuple[str, QuantScheme | str], ...] = ()
+    default_skips: bool = True
+    skipped_precision: str | None = None
+    small_layer: str = "int8"
+    indivisible: str = "shrink"
+    num_calibration_samples: int = 150
+    accuracy_warning: str = "warn"
+    sqnr_warning_threshold: float = 20.0
+    sqnr_error_threshold: float = 10.0
+
+    def __post_init__(self) -> None:
+        for name in ("modules_to_not_convert", "skip_layer_names"):
+            object.__setattr__(self, name, _patterns(name, getattr(self, name)))
+        object.__setattr__(self, "skip_layer_types", _type_names(self.skip_layer_types))
+        object.__setattr__(self, "overrides", _overrides(self.overrides))
+        QuantScheme(self.bits, self.group_size if self.bits == 4 else -1, self.symmetric)
+        check_group_size(self.group_size)
+        _require(self.axis == 0, "axis", self.axis, "only axis 0, the output channels, can carry scales")
+        _require(isinstance(self.default_skips, bool), "default_skips", self.default_skips, "True or False")
+        for name in ("small_layer", "indivisible"):
+            _choice(name, getattr(self, name), FALLBACKS)
+        _choice("skipped_precision", self.skipped_precision, (None, "int8"))
+        _choice("accuracy_warning", self.accuracy_warning, ("warn", "error", "ignore"))
+        _whole("skip_param_threshold", self.skip_param_threshold, 0)
+        _whole("num_calibration_samples", self.num_calibration_samples, 1)
+        check_thresholds(self.sqnr_warning_threshold, self.sqnr_error_threshold)
+        for _, value in self.overrides:
+            if isinstance(value, str) and value != "skip":
+                QuantScheme.parse(value, self.scheme)
+
+    @property
+    def scheme(self) -> QuantScheme:
+        """The scheme of a weight that no rule singles out."""
+        return QuantScheme(4, self.group_size, self.symmetric) if self.bits == 4 else QuantScheme(8, -1, self.symmetric)
+
+    @classmethod
+    def build(cls, config: QuantConfig | None, fields: Mapping[str, Any]) -> QuantConfig:
+        """`config` with `fields` laid over it; an unknown field is an error that names the nearest ones."""
+        names = [f.name for f in dataclasses.fields(cls)]
+        for name in fields:
+            if name not in names:
+                near = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names
+                raise ConfigError(f"{name}={fields[name]!r}: no such setting; did you mean {', '.join(near)}?")
+        if config is not None and not isinstance(config, cls):
+            raise ConfigError(f"config={config!r}: a QuantConfig is needed, not {type(config).__name__}")
+        return dataclasses.replace(config or cls(), **fields)
+
+
+def check_group_size(group_size: int) -> None:
+    """Raises ConfigError unless `group_size` is -1 or a positive multiple of 8 (the codes in one packed word)."""
+    whole = isinstance(group_size, int) and not isinstance(group_size, bool)
+    if not whole or not (group_size == -1 or (group_size > 0 and group_size % 8 == 0)):
+        raise ConfigError(
+            f"group_size={group_size!r}: a group is a positive multiple of 8 columns (32, 64 and 128 are usual), "
+            "or -1 for the whole row"
+        )
+
+
+def check_thresholds(warning_db: float, error_db: float) -> None:
+    """Raises ConfigError unless both are finite and `warning_db` is not below `error_db`."""
+    for name, value in (("sqnr_warning_threshold", warning_db), ("sqnr_error_threshold", error_db)):
+        ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        _require(ok, name, value, "a finite number of dB is needed")
+    if warning_db < error_db:
+        raise ConfigError(
+            f"sqnr_warning_threshold={warning_db} is below sqnr_error_threshold={error_db}: a node would be critical"
+            " without being worth a warning; swap them"
+        )
+
+
+def _require(ok: bool, name: str, value: object, rule: str) -> None:
+    if not ok:
+        raise ConfigError(f"{name}={value!r}: {rule}")
+
+
+def _choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
+    _require(value in allowed, name, value, "one of " + ", ".join(map(repr, allowed)) + " is needed")
+
+
+def _whole(name: str, value: object, least: int) -> None:
+    ok = isinstance(value, int) and not isinstance(value, bool) and value >= least
+    _require(ok, name, value, f"a whole number >= {least} is needed")
+
+
+def _items(name: str, value: Any) -> tuple[Any, ...]:
+    if value is None:
+        return ()
+    if isinstance(value, str | bytes) or not isinstance(value, Iterable):
+        raise ConfigError(f"{name}={value!r}: a list is needed; write {name}=[{value!r}]")
+    return tuple(value)
+
+
+def _check_pattern(name: str, pattern: object) -> str:
+    if not isinstance(pattern, str) or not pattern:
+        raise ConfigError(f"{name}: {pattern!r} is no pattern; a name or 're:...' is needed")
+    if pattern.startswith("re:"):
+        try:
+            re.compile(pattern[3:])
+        except re.error as e:
+            raise ConfigError(f"{name}: {pattern!r} is no regular expression: {e}") from e
+    return pattern
+
+
+def _patterns(name: str, value: Any) -> tuple[str, ...]:
+    return tuple(_check_pattern(name, item) for item in _items(name, value))
+
+
+def _type_names(value: Any) -> tuple[str, ...]:
+    if isinstance(value, type):
+        raise ConfigError(f"skip_layer_types={value.__name__}: a list is needed; write [{value.__name__}]")
+    return tuple(
+        item.__name__ if isinstance(item, type) else _check_pattern("skip_layer_types", item)
+        for item in _items("skip_layer_types", value)
+    )
+
+
+def _overrides(value: Any) -> tuple[tuple[str, QuantScheme | str], ...]:
+    pairs = tuple(value.items()) if isinstance(value, Mapping) else _items("overrides", value)
+    for pair in pairs:
+        if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[1], str | QuantScheme)):
+            raise ConfigError(f"overrides: {pair!r}: pattern -> QuantScheme, 'int8', 'int4 g64 asym' or 'skip'")
+        _check_pattern("overrides", pair[0])
+    return pairs
+
+
+INT8 = QuantScheme(8, -1, True)

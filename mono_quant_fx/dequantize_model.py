@@ -1,0 +1,97 @@
+"""dequantize_model: back to a float graph that runs on the rounded weights, with the weights' own names and shapes."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from mono_quant_fx import graph, numerics, ops
+from mono_quant_fx.annotation import (
+    QuantAnnotation,
+    annotated,
+    drop_annotation,
+    get_annotation,
+    stored_weight,
+)
+from mono_quant_fx.errors import PreconditionError
+from mono_quant_fx.pass_base import Pass
+from mono_quant_fx.weight_ops import from_matrix
+
+aten = torch.ops.aten
+
+
+class _Dequantize(Pass):
+    name = "dequantize-model"
+
+    def requires(self, gm: fx.GraphModule) -> str | None:
+        lowered = any(a.lowered for _, a in annotated(gm))
+        return None if lowered else "the graph holds no quantized weight; give the graph_module of a quantization"
+
+    def rewrite(self, gm: fx.GraphModule) -> None:
+        for node, annotation in list(annotated(gm)):
+            if annotation.lowered:
+                _restore(gm, node, annotation)
+            drop_annotation(node)
+
+
+def dequantize_model(gm: fx.GraphModule) -> fx.GraphModule:
+    """The float graph whose weights are dequantize(codes): same outputs within rounding, plain torch ops only.
+
+    Weights are parameters under their original names, in their original shapes and dtypes, so that the state_dict loads
+    into the model that was captured. `gm` is not touched.
+
+    Raises:
+        PreconditionError: `gm` is no GraphModule or holds nothing quantized.
+    """
+    if not isinstance(gm, fx.GraphModule):
+        raise PreconditionError(f"dequantize_model: a GraphModule is needed, not {type(gm).__name__}")
+    return _Dequantize()(gm).graph_module
+
+
+def _restore(gm: fx.GraphModule, packed: fx.Node, annotation: QuantAnnotation) -> None:
+    value = _float_weight(gm, annotation)
+    users = list(packed.users)
+    # the name may be that of the INT8 codes, which other nodes read until they are rewritten
+    with gm.graph.inserting_before(packed):
+        weight = gm.graph.get_attr(annotation.weight)
+    weight.meta = {k: v for k, v in packed.meta.items() if get_annotation(packed) is not v}
+    for user in users:
+        if user.target in (ops.dequantize_int4, ops.dequantize_int8):
+            end = _restored(user, annotation)
+            end.replace_all_uses_with(weight)
+        else:
+            _unfuse(gm, user, weight, annotation)
+    graph.attach(gm, annotation.weight, nn.Parameter(value, requires_grad=False))
+
+
+def _float_weight(gm: fx.GraphModule, annotation: QuantAnnotation) -> Tensor:
+    assert annotation.scheme is not None
+    stored = stored_weight(gm, annotation)
+    columns = 1
+    for size in annotation.shape:
+        columns *= size
+    columns //= stored.weight_packed.shape[0]
+    matrix = numerics.dequantize_weight(stored, annotation.scheme.group_size, columns)
+    whole = from_matrix(matrix, annotation.layout, annotation.groups, annotation.shape, lambda op, *args: op(*args))
+    return whole.to(getattr(torch, annotation.dtype)).contiguous()
+
+
+def _restored(dequantize: fx.Node, annotation: QuantAnnotation) -> fx.Node:
+    """The node that holds the weight in its own shape: a few views after the dequantize node."""
+    steps = []
+    from_matrix(None, annotation.layout, annotation.groups, annotation.shape, lambda op, *args: steps.append(op))
+    node = dequantize
+    for _ in steps:
+        node = next(iter(node.users))
+    return node
+
+
+def _unfuse(gm: fx.GraphModule, node: fx.Node, weight: fx.Node, annotation: QuantAnnotation) -> None:
+    x, bias = node.args[0], node.args[4]
+    value = weight
+    if annotation.layout == "columns":
+        with gm.graph.inserting_before(node):
+            value = gm.graph.call_function(aten.t.default, (weight,))
+            value.meta = dict(weight.meta)
+    node.target, node.args = F.linear, (x, value, bias)

@@ -1,0 +1,198 @@
+"""What every pass needs of a GraphModule: clone, fingerprint, attach and drop tensors, names of nodes."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from mono_quant_fx.ops.registry import is_ours
+
+
+def clone(gm: fx.GraphModule) -> fx.GraphModule:
+    """A GraphModule with its own graph and modules that shares every tensor with `gm`; node.meta and gm.meta stay."""
+    graph = fx.Graph()
+    copied: Any = graph.graph_copy(gm.graph, {}, return_output_node=True)
+    if copied is not None:
+        value, old = copied
+        output = graph.output(value, old.type)
+        output.meta = dict(old.meta)
+    graph._codegen = copy.copy(gm.graph._codegen)
+    twin = fx.GraphModule(nn.Module(), fx.Graph())
+    memo: dict[int, Any] = {id(t): t for _, t in named_tensors(gm)}
+    for target in attribute_targets(gm):
+        value = get_attribute(gm, target)
+        attach(
+            twin,
+            target,
+            value if isinstance(value, Tensor) else copy.deepcopy(value, memo),
+            is_persistent(gm, target),
+        )
+    twin.meta = dict(gm.meta)
+    twin.graph = graph
+    return twin.train(gm.training)
+
+
+def isolate(module: nn.Module) -> nn.Module:
+    """A deep copy that shares parameters and stored codes, with buffers of its own: running it leaves no trace.
+
+    (A forward that writes into a parameter is the one exception.)
+    """
+    shared: list[Tensor] = list(module.parameters())
+    if isinstance(module, fx.GraphModule):
+        ours = (n for n in module.graph.nodes if is_ours(n.target))
+        shared += [t for n in ours for a in n.all_input_nodes if (t := get_tensor(module, a)) is not None]
+    return copy.deepcopy(module, {id(t): t for t in shared})
+
+
+def named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter and buffer under each of its names."""
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
+
+
+def attribute_targets(gm: fx.GraphModule) -> list[str]:
+    """The distinct get_attr and call_module targets, in execution order."""
+    return list(dict.fromkeys(n.target for n in gm.graph.nodes if n.op in ("get_attr", "call_module")))
+
+
+def get_attribute(gm: nn.Module, target: str) -> Any:
+    """The tensor or module at a dotted path."""
+    value: Any = gm
+    for name in target.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def get_tensor(gm: fx.GraphModule, node: fx.Node) -> Tensor | None:
+    """The tensor that a get_attr node reads; None for any other node or a module."""
+    value = get_attribute(gm, node.target) if node.op == "get_attr" and isinstance(node.target, str) else None
+    return value if isinstance(value, Tensor) else None
+
+
+def is_persistent(gm: nn.Module, target: str) -> bool:
+    """Whether the buffer at `target` belongs to the state_dict (True for anything that is no buffer)."""
+    path, _, name = target.rpartition(".")
+    owner = get_attribute(gm, path) if path else gm
+    return name not in getattr(owner, "_non_persistent_buffers_set", ())
+
+
+def attach(gm: nn.Module, target: str, value: Any, persistent: bool = True) -> None:
+    """Puts a parameter, buffer or module at a dotted path, making containers on the way; replaces what stood there."""
+    *path, name = target.split(".")
+    owner = gm
+    for part in path:
+        if not isinstance(getattr(owner, part, None), nn.Module):
+            setattr(owner, part, nn.Module())
+        owner = getattr(owner, part)
+    if hasattr(owner, name):
+        delattr(owner, name)
+    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+        owner.register_buffer(name, value, persistent)
+    else:
+        setattr(owner, name, value)
+
+
+def drop_unused(gm: fx.GraphModule) -> None:
+    """Deletes every tensor and module that no node reads, so that a replaced weight leaves the state_dict."""
+    used = set(attribute_targets(gm))
+
+    def is_used(name: str) -> bool:
+        parts = name.split(".")
+        return any(".".join(parts[:i]) in used for i in range(1, len(parts) + 1))
+
+    for name, _ in list(named_tensors(gm)):
+        if not is_used(name):
+            path, _, attribute = name.rpartition(".")
+            delattr(get_attribute(gm, path) if path else gm, attribute)
+    for name, module in reversed(list(gm.named_modules(remove_duplicate=False))):
+        empty = not (module._modules or module._parameters or module._buffers)
+        if name and empty and not is_used(name):
+            path, _, attribute = name.rpartition(".")
+            delattr(get_attribute(gm, path) if path else gm, attribute)
+
+
+def drop_dead_code(gm: fx.GraphModule) -> None:
+    """Erases unused constants and unused calls that torch declares free of side effects; a user's own calls stay."""
+
+    def impure(node: fx.Node) -> bool:
+        if node.op == "get_attr":
+            return False
+        return not isinstance(node.target, torch._ops.OpOverload) or node.is_impure()
+
+    gm.graph.eliminate_dead_code(impure)
+
+
+def fingerprint(gm: fx.GraphModule) -> tuple[Any, ...]:
+    """Equal for two GraphModules with the same nodes, the same meta and the very same tensors behind them."""
+    nodes = tuple(
+        (
+            n.op,
+            n.name,
+            str(n.target),
+            str(n.args),
+            str(n.kwargs),
+            tuple((k, _token(v)) for k, v in n.meta.items()),
+        )
+        for n in gm.graph.nodes
+    )
+    tensors = tuple(
+        (
+            name,
+            type(t).__name__,
+            t.untyped_storage()._cdata,
+            t.dtype,
+            tuple(t.shape),
+            t.stride(),
+            t.requires_grad,
+        )
+        for name, t in named_tensors(gm)
+    )
+    return nodes, tensors, tuple((name, type(m).__qualname__) for name, m in gm.named_modules())
+
+
+def _token(value: Any) -> Any:
+    """A value as something comparable: plain data by its text, anything heavier (fake tensors, say) by its identity."""
+    if value is None or isinstance(value, str | int | float | torch.dtype) or dataclasses.is_dataclass(value):
+        return repr(value)
+    if isinstance(value, list | tuple | dict | set):
+        items: Iterable[Any] = value.items() if isinstance(value, dict) else value
+        return (type(value).__name__, *(_token(v) for v in items))
+    return id(value)
+
+
+def op_name(node: fx.Node) -> str:
+    """A node's operation as a reader knows it: linear, aten.linear, .view, LayerNorm."""
+    if node.op == "call_module":
+        return type(get_attribute(node.graph.owning_module, node.target)).__name__  # type: ignore[arg-type]
+    if node.op == "call_method":
+        return f".{node.target}"
+    if isinstance(node.target, torch._ops.OpOverload):
+        return str(node.target).removesuffix(".default")
+    return getattr(node.target, "__name__", str(node.target))
+
+
+def module_stack(node: fx.Node) -> list[tuple[str, str]]:
+    """(path, class name) of each module whose forward made this node, outermost first; both tracers' spellings."""
+    stack = []
+    for path, kind in (node.meta.get("nn_module_stack") or {}).values():
+        name = kind.__name__ if isinstance(kind, type) else str(kind).rpartition(".")[2]
+        stack.append((re.sub(r"@\d+", "", path), name))
+    return stack
+
+
+def module_path(node: fx.Node) -> str:
+    """The path of the innermost module whose forward made this node; "" for the root."""
+    stack = module_stack(node)
+    return stack[-1][0] if stack else ""
+
+
+def total_bytes(module: nn.Module) -> int:
+    """Bytes of everything a module stores, a shared tensor counted once."""
+    storages = {t.untyped_storage()._cdata: t.nbytes for _, t in named_tensors(module)}
+    return sum(storages.values())

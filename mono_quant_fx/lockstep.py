@@ -1,0 +1,170 @@
+"""Two versions of one graph, walked side by side: each value is freed at its last use, so only the live set is held.
+
+Nodes correspond by name, which every pass keeps. For a node of both graphs there are up to three outputs to compare:
+
+    reference      the float node on float inputs
+    accumulated    the quantized node on the quantized graph's own inputs: its error and all errors before it
+    local          the quantized node on float inputs: the error of this node alone
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import fx
+
+from mono_quant_fx.data import Batch
+from mono_quant_fx.errors import MonoQuantError
+from mono_quant_fx.graph import get_attribute
+from mono_quant_fx.run import node_error
+
+Visit = Callable[[fx.Node, Any, Any, Any], None]
+
+
+class Lockstep:
+    """The plan of a walk over (reference, quantized), made once and run for every batch.
+
+    Args:
+        local_at: names of the nodes whose local output is wanted.
+    """
+
+    def __init__(self, reference: fx.GraphModule, quantized: fx.GraphModule, local_at: set[str]):
+        self.reference, self.quantized = reference, quantized
+        self.twins = {n.name: n for n in reference.graph.nodes}
+        self.constant = _constants(quantized)
+        self.local_at = {n for n in quantized.graph.nodes if n.name in local_at and n.name in self.twins}
+        self._uses_reference, self._uses_quantized = self._count_uses()
+
+    def run(self, batch: Batch, number: int, visit: Visit) -> None:
+        """Calls visit(node, reference, accumulated, local or None) for each node of both graphs, in order.
+
+        Raises:
+            CalibrationError: the batch does not fit, or a node fails on it.
+        """
+        with torch.no_grad():
+            _Run(self, batch, number).walk(visit)
+
+    def local_inputs(self, node: fx.Node) -> Iterator[tuple[bool, fx.Node]]:
+        """(from the reference?, node) for every value that the local output of `node` is computed from."""
+        for source in node.all_input_nodes:
+            if self.constant[source]:
+                yield False, source
+            elif source.name in self.twins:
+                yield True, self.twins[source.name]
+            else:
+                yield from self.local_inputs(source)
+
+    def _count_uses(self) -> tuple[Counter[fx.Node], Counter[fx.Node]]:
+        reference = Counter(a for n in self.reference.graph.nodes for a in n.all_input_nodes)
+        quantized = Counter(a for n in self.quantized.graph.nodes for a in n.all_input_nodes)
+        for node in self.local_at:
+            for from_reference, source in self.local_inputs(node):
+                (reference if from_reference else quantized)[source] += 1
+        return reference, quantized
+
+    def uses(self) -> tuple[Counter[fx.Node], Counter[fx.Node]]:
+        """Fresh counts of the uses of each value, to be counted down by one run."""
+        return self._uses_reference.copy(), self._uses_quantized.copy()
+
+
+class _Run:
+    """One batch on its way through both graphs."""
+
+    def __init__(self, plan: Lockstep, batch: Batch, number: int):
+        self.plan, self.number = plan, number
+        self.left_reference, self.left_quantized = plan.uses()
+        self.reference: dict[fx.Node, Any] = {}
+        self.accumulated: dict[fx.Node, Any] = {}
+        self.inputs = (iter(batch.bind(plan.reference)), iter(batch.bind(plan.quantized)))
+        self.ahead = iter(plan.reference.graph.nodes)
+
+    def walk(self, visit: Visit) -> None:
+        plan = self.plan
+        for node in plan.quantized.graph.nodes:
+            twin = plan.twins.get(node.name)
+            if twin is not None and twin not in self.reference:
+                self._advance(twin)
+            value = self._execute(plan.quantized, node, self.accumulated.__getitem__, self.inputs[1])
+            self.accumulated[node] = value
+            if twin is not None:
+                local = self._local(node) if node in plan.local_at else None
+                visit(node, self.reference[twin], value, local)
+                self._release(self.reference, self.left_reference, twin)
+            for source in node.all_input_nodes:
+                self._used(self.accumulated, self.left_quantized, source)
+            self._release(self.accumulated, self.left_quantized, node)
+
+    def _advance(self, until: fx.Node) -> None:
+        for node in self.ahead:
+            self.reference[node] = self._execute(self.plan.reference, node, self.reference.__getitem__, self.inputs[0])
+            for source in node.all_input_nodes:
+                self._used(self.reference, self.left_reference, source)
+            if node is until:
+                return
+            self._release(self.reference, self.left_reference, node)
+
+    def _local(self, node: fx.Node) -> Any:
+        value = self._execute(self.plan.quantized, node, self._local_value, iter(()))
+        for from_reference, source in self.plan.local_inputs(node):
+            if from_reference:
+                self._used(self.reference, self.left_reference, source)
+            else:
+                self._used(self.accumulated, self.left_quantized, source)
+        return value
+
+    def _local_value(self, source: fx.Node) -> Any:
+        if self.plan.constant[source]:
+            return self.accumulated[source]
+        twin = self.plan.twins.get(source.name)
+        if twin is not None:
+            return self.reference[twin]
+        return self._execute(self.plan.quantized, source, self._local_value, iter(()))
+
+    def _used(self, values: dict[fx.Node, Any], left: Counter[fx.Node], node: fx.Node) -> None:
+        left[node] -= 1
+        self._release(values, left, node)
+
+    def _release(self, values: dict[fx.Node, Any], left: Counter[fx.Node], node: fx.Node) -> None:
+        if left[node] <= 0 and node.op != "output":
+            values.pop(node, None)
+
+    def _execute(
+        self, gm: fx.GraphModule, node: fx.Node, value_of: Callable[[fx.Node], Any], inputs: Iterator[Any]
+    ) -> Any:
+        try:
+            return _execute(gm, node, value_of, inputs)
+        except (MonoQuantError, KeyError, StopIteration):
+            raise
+        except Exception as e:
+            raise node_error(node, [value_of(a) for a in node.all_input_nodes], self.number, e) from e
+
+
+def _execute(gm: fx.GraphModule, node: fx.Node, value_of: Callable[[fx.Node], Any], inputs: Iterator[Any]) -> Any:
+    if node.op == "placeholder":
+        return next(inputs)
+    if node.op == "get_attr":
+        return get_attribute(gm, str(node.target))
+    args = fx.map_arg(node.args, value_of)
+    kwargs = fx.map_arg(node.kwargs, value_of)
+    if node.op == "output":
+        return args[0]
+    if node.op == "call_module":
+        return get_attribute(gm, str(node.target))(*args, **kwargs)
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    assert callable(node.target)
+    return node.target(*args, **kwargs)
+
+
+def _constants(gm: fx.GraphModule) -> dict[fx.Node, bool]:
+    """Which values do not depend on the batch: the weights, and what is computed from weights alone."""
+    constant: dict[fx.Node, bool] = {}
+    for node in gm.graph.nodes:
+        sources = node.all_input_nodes
+        constant[node] = node.op == "get_attr" or (
+            node.op != "placeholder" and bool(sources) and all(constant[a] for a in sources)
+        )
+    return constant

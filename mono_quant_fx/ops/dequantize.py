@@ -1,0 +1,73 @@
+"""dequantize_int4 and dequantize_int8: stored codes to the float matrix [N, K], in the scale's dtype."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mono_quant_fx import numerics
+from mono_quant_fx.ops.registry import register
+
+
+def check_int4(packed: Tensor, scale: Tensor, zero_point: Tensor | None, group_size: int, columns: int) -> None:
+    """Raises RuntimeError unless the tensors are one stored INT4 matrix [N, columns] (see DESIGN of the storage)."""
+    torch._check(
+        packed.dtype == torch.int32 and packed.dim() == 2,
+        lambda: "weight_packed: int32 [N, ceil(K/8)] needed",
+    )
+    torch._check(
+        packed.shape[1] == (columns + 7) // 8,
+        lambda: f"weight_packed has {packed.shape[1]} words a row, but {columns} columns need {(columns + 7) // 8}",
+    )
+    shape = (packed.shape[0], numerics.num_groups(columns, group_size))
+    torch._check(
+        tuple(scale.shape) == shape,
+        lambda: f"weight_scale is {tuple(scale.shape)}; group_size={group_size} needs {shape}",
+    )
+    torch._check(
+        zero_point is None or tuple(zero_point.shape) == shape,
+        lambda: f"weight_zero_point is not of shape {shape}",
+    )
+
+
+def check_int8(weight: Tensor, scale: Tensor) -> None:
+    """Raises RuntimeError unless weight is int8 [N, K] and scale [N, 1]."""
+    torch._check(weight.dtype == torch.int8 and weight.dim() == 2, lambda: "weight: int8 [N, K] needed")
+    torch._check(
+        tuple(scale.shape) == (weight.shape[0], 1),
+        lambda: f"weight_scale is {tuple(scale.shape)}; {(weight.shape[0], 1)} needed",
+    )
+
+
+def _int4(packed: Tensor, scale: Tensor, zero_point: Tensor | None, group_size: int, in_features: int) -> Tensor:
+    check_int4(packed, scale, zero_point, group_size, in_features)
+    stored = numerics.QuantizedWeight(packed, scale, zero_point)
+    return numerics.dequantize_weight(stored, group_size, in_features)
+
+
+def _int4_fake(packed: Tensor, scale: Tensor, zero_point: Tensor | None, group_size: int, in_features: int) -> Tensor:
+    check_int4(packed, scale, zero_point, group_size, in_features)
+    return scale.new_empty(packed.shape[0], in_features)
+
+
+def _int8(weight: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+    check_int8(weight, scale)
+    return numerics.dequantize(weight, scale, zero_point, -1)
+
+
+def _int8_fake(weight: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+    check_int8(weight, scale)
+    return scale.new_empty(weight.shape)
+
+
+dequantize_int4 = register(
+    "dequantize_int4(Tensor weight_packed, Tensor weight_scale, Tensor? weight_zero_point, int group_size, "
+    "int in_features) -> Tensor",
+    _int4,
+    _int4_fake,
+)
+dequantize_int8 = register(
+    "dequantize_int8(Tensor weight, Tensor weight_scale, Tensor? weight_zero_point) -> Tensor",
+    _int8,
+    _int8_fake,
+)

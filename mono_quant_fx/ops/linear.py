@@ -1,0 +1,129 @@
+"""int4_linear and int8_linear: x @ dequantize(weight).T + bias, a tile of output rows at a time.
+
+x is [..., K] of any float dtype and any leading dimensions; the result is [..., N] in x's dtype. The float weight never
+exists whole in the forward; the backward (with respect to x and bias) dequantizes it once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mono_quant_fx import numerics
+from mono_quant_fx.ops.dequantize import check_int4, check_int8, dequantize_int4, dequantize_int8
+from mono_quant_fx.ops.registry import register
+
+
+def _check_input(x: Tensor, rows: int, bias: Tensor | None) -> None:
+    torch._check(x.dim() >= 1 and x.is_floating_point(), lambda: f"x: a float tensor [..., K] needed, not {x.dtype}")
+    torch._check(
+        bias is None or tuple(bias.shape) == (rows,),
+        lambda: f"bias: one value an output channel ({rows}) needed",
+    )
+
+
+def _tiled_linear(x: Tensor, rows: int, bias: Tensor | None, tile: Callable[[slice], Tensor]) -> Tensor:
+    flat = x.reshape(-1, x.shape[-1])
+    out = flat.new_empty(flat.shape[0], rows)
+    step = max(1, numerics.TILE // max(1, x.shape[-1]))
+    for start in range(0, rows, step):
+        at = slice(start, min(start + step, rows))
+        weight = tile(at).to(x.dtype).t()
+        out[:, at] = flat @ weight if bias is None else torch.addmm(bias[at], flat, weight)
+    return out.view(*x.shape[:-1], rows)
+
+
+def _int4(
+    x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, group_size: int
+) -> Tensor:
+    rows, columns = packed.shape[0], x.shape[-1]
+    _check_input(x, rows, bias)
+    check_int4(packed, scale, zero_point, group_size, columns)
+    width = packed.shape[1] * 8
+    scratch = scale.new_empty(min(rows, max(1, numerics.TILE // max(1, columns))), width)
+
+    def tile(at: slice) -> Tensor:
+        zero = None if zero_point is None else zero_point[at]
+        return numerics.dequantize_packed(packed[at], scale[at], zero, group_size, scratch)[:, :columns]
+
+    return _tiled_linear(x, rows, bias, tile)
+
+
+def _int4_fake(
+    x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, group_size: int
+) -> Tensor:
+    _check_input(x, packed.shape[0], bias)
+    check_int4(packed, scale, zero_point, group_size, x.shape[-1])
+    return x.new_empty(*x.shape[:-1], packed.shape[0])
+
+
+def _int8(x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None) -> Tensor:
+    _check_input(x, weight.shape[0], bias)
+    check_int8(weight, scale)
+
+    def tile(at: slice) -> Tensor:
+        return numerics.dequantize(weight[at], scale[at], None if zero_point is None else zero_point[at], -1)
+
+    return _tiled_linear(x, weight.shape[0], bias, tile)
+
+
+def _int8_fake(x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None) -> Tensor:
+    _check_input(x, weight.shape[0], bias)
+    check_int8(weight, scale)
+    torch._check(x.shape[-1] == weight.shape[1], lambda: f"x has {x.shape[-1]} columns, weight {weight.shape[1]}")
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _gradients(grad: Tensor, needs: tuple[bool, ...], bias_at: int, weight: Callable[[], Tensor]) -> list[Any]:
+    """One entry an argument: d/dx = grad @ W and d/dbias = the sum of grad over all leading dimensions."""
+    grads: list[Any] = [None] * len(needs)
+    if needs[0]:
+        grads[0] = grad @ weight().to(grad.dtype)
+    if needs[bias_at]:
+        grads[bias_at] = grad.reshape(-1, grad.shape[-1]).sum(0)
+    return grads
+
+
+def _int4_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, packed, scale, zero_point, _, group_size = inputs
+    ctx.save_for_backward(packed, scale, zero_point)
+    ctx.group_size, ctx.columns = group_size, x.shape[-1]
+
+
+def _int4_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    packed, scale, zero_point = ctx.saved_tensors
+    return tuple(
+        _gradients(
+            grad, ctx.needs_input_grad, 4,
+            lambda: dequantize_int4(packed, scale, zero_point, ctx.group_size, ctx.columns),
+        )
+    )  # fmt: skip
+
+
+def _int8_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:4])
+
+
+def _int8_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    stored = ctx.saved_tensors
+    return tuple(_gradients(grad, ctx.needs_input_grad, 4, lambda: dequantize_int8(*stored)))
+
+
+int4_linear = register(
+    "int4_linear(Tensor x, Tensor weight_packed, Tensor weight_scale, Tensor? weight_zero_point, Tensor? bias, "
+    "int group_size) -> Tensor",
+    _int4,
+    _int4_fake,
+    _int4_backward,
+    _int4_setup,
+)
+int8_linear = register(
+    "int8_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? weight_zero_point, Tensor? bias) -> Tensor",
+    _int8,
+    _int8_fake,
+    _int8_backward,
+    _int8_setup,
+)

@@ -1,0 +1,112 @@
+"""The contract of a pass, kept in one place, and the Pipeline that runs them.
+
+A pass is a frozen dataclass (its fields are its options) with three hooks: `requires` checks the stage of the input,
+`rewrite` works on a clone in place, `ensures` checks the result. Everything else of the contract is done here: the
+input stays untouched, dead code and replaced tensors go, the graph is linted, and `modified` is computed.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import fx
+
+from mono_quant_fx import graph
+from mono_quant_fx.errors import ConfigError, MonoQuantError, PassError, PostconditionError, PreconditionError
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """What a pass returns: the graph, and whether it differs from the one that went in."""
+
+    graph_module: fx.GraphModule
+    modified: bool
+
+
+class Pass(ABC):
+    """Base of every pass: `pass_(gm) -> PassResult`; it accepts a PassResult too, so that passes chain as functions."""
+
+    name: ClassVar[str]
+
+    def requires(self, gm: fx.GraphModule) -> str | None:
+        """What keeps this pass from running on `gm`, in words with the remedy; None when nothing does."""
+        return None
+
+    @abstractmethod
+    def rewrite(self, gm: fx.GraphModule) -> None:
+        """Changes `gm`, a clone that shares its tensors: nodes and attributes freely, never a tensor's content."""
+
+    def ensures(self, gm: fx.GraphModule) -> str | None:
+        """What is wrong with the result, in words; None when it is as promised."""
+        return None
+
+    def __call__(self, gm: fx.GraphModule | PassResult) -> PassResult:
+        """Runs the pass.
+
+        Raises:
+            PassError: requires, rewrite or ensures failed; the message names the pass, and the cause is kept.
+        """
+        source = gm.graph_module if isinstance(gm, PassResult) else gm
+        if not isinstance(source, fx.GraphModule):
+            raise PreconditionError(
+                f"{self.name}: a GraphModule is needed, not {type(source).__name__}; mq.capture(model) makes one"
+            )
+        self._check(self.requires(source), PreconditionError)
+        result = graph.clone(source)
+        try:
+            self.rewrite(result)
+            _tidy(result)
+        except MonoQuantError:
+            raise
+        except Exception as e:
+            raise PassError(f"{self.name}: {type(e).__name__}: {e}") from e
+        self._check(self.ensures(result), PostconditionError)
+        if graph.fingerprint(result) == graph.fingerprint(source):
+            return PassResult(source, False)
+        return PassResult(result, True)
+
+    def _check(self, complaint: str | None, error: type[PassError]) -> None:
+        if complaint is not None:
+            raise error(f"{self.name}: {complaint}")
+
+
+def _tidy(gm: fx.GraphModule) -> None:
+    graph.drop_dead_code(gm)
+    graph.drop_unused(gm)
+    gm.graph.lint()
+    gm.recompile()
+
+
+Callback = Callable[[Pass, fx.GraphModule, PassResult], Any]
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Passes in order, and one callback `(pass, graph before, result)` for whoever prints, times or verifies.
+
+    Raises:
+        ConfigError: something in `passes` is no Pass.
+    """
+
+    passes: tuple[Pass, ...]
+    callback: Callback | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "passes", tuple(self.passes))
+        for item in self.passes:
+            if not isinstance(item, Pass):
+                raise ConfigError(f"Pipeline: {item!r} is no pass; pass instances such as DequantFusion() are needed")
+
+    def __call__(self, gm: fx.GraphModule | PassResult) -> PassResult:
+        """Runs every pass on the result of the one before; `modified` is True if any of them changed the graph."""
+        current = gm.graph_module if isinstance(gm, PassResult) else gm
+        modified = False
+        for item in self.passes:
+            result = item(current)
+            if self.callback is not None:
+                self.callback(item, current, result)
+            current, modified = result.graph_module, modified or result.modified
+        return PassResult(current, modified)

@@ -1,0 +1,75 @@
+"""What quantize returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from mono_quant_fx.table import AccuracyTable
+
+
+@dataclass
+class QuantizationInfo:
+    """The figures of one quantization.
+
+    Attributes:
+        bits, group_size, symmetric: the scheme asked for; the table has the one that each layer got.
+        original_bytes, quantized_bytes: everything that the float and the quantized graph store, each tensor once.
+        sqnr_db: of the model output on the calibration data; None without data.
+        calibration_samples_used: 0 without data.
+        quantized_layers: module (or weight) name -> scheme.
+        skipped_layers: name -> reason.
+        warnings: what check_accuracy_warnings found, and what capture said.
+        seconds: stage -> wall time.
+    """
+
+    bits: int
+    group_size: int
+    symmetric: bool
+    original_bytes: int
+    quantized_bytes: int
+    sqnr_db: float | None
+    calibration_samples_used: int
+    quantized_layers: dict[str, str]
+    skipped_layers: dict[str, str]
+    warnings: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def compression_ratio(self) -> float:
+        """original_bytes / quantized_bytes."""
+        return self.original_bytes / max(1, self.quantized_bytes)
+
+    @property
+    def original_size_mb(self) -> float:
+        """original_bytes in MB (10^6 bytes)."""
+        return self.original_bytes / 1e6
+
+    @property
+    def quantized_size_mb(self) -> float:
+        """quantized_bytes in MB (10^6 bytes)."""
+        return self.quantized_bytes / 1e6
+
+
+@dataclass
+class QuantizationResult:
+    """A drop-in GraphModule, the table that tells what was done to it, and the figures."""
+
+    graph_module: fx.GraphModule
+    accuracy: AccuracyTable
+    info: QuantizationInfo
+
+    @property
+    def warnings(self) -> list[str]:
+        """Same as info.warnings."""
+        return self.info.warnings
+
+    def __str__(self) -> str:
+        info = self.info
+        output = "needs calibration_data" if info.sqnr_db is None else f"{info.sqnr_db:.1f} dB"
+        return (
+            f"{self.accuracy}\n\n{len(info.quantized_layers)} layers quantized, {len(info.skipped_layers)} skipped; "
+            f"{info.original_size_mb:.1f} MB -> {info.quantized_size_mb:.1f} MB ({info.compression_ratio:.2f}x); "
+            f"model output SQNR: {output}"
+        )

@@ -1,0 +1,174 @@
+"""The skip rules: from a weight and a QuantConfig to a scheme or a reason. Pure; the table prints these reasons."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from mono_quant_fx.config import DEFAULT_INT4_SKIP, INT8, QuantConfig, QuantScheme
+from mono_quant_fx.errors import ConfigError, PatternError
+from mono_quant_fx.weight_ops import Weight, WeightUse, matrix_shape
+
+LEAST_SHRUNK_GROUP = 16
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A scheme (None: the weight stays as it is) and the reason in one line; skipped means that a skip rule fired."""
+
+    scheme: QuantScheme | None
+    reason: str
+    skipped: bool = False
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a pattern names a module or weight: exactly, up to a dot, from a dot on, or as a `re:` full match.
+
+    >>> matches("mlp.gate", "layers.0.mlp.gate"), matches("mlp.gate", "layers.0.mlp.gate_proj")
+    (True, False)
+    >>> matches("layers.0", "layers.0.mlp.gate"), matches(r"re:.*gate.*", "layers.0.mlp.gate_proj")
+    (True, True)
+    """
+    if pattern.startswith("re:"):
+        return re.fullmatch(pattern[3:], name) is not None
+    return name == pattern or name.startswith(pattern + ".") or name.endswith("." + pattern)
+
+
+def decide(weight: Weight, config: QuantConfig) -> Decision:
+    """The decision for one weight. With several users the first one that must be skipped decides for all."""
+    decisions = [_decide_use(weight, use, config) for use in weight.uses]
+    loser = next((i for i, d in enumerate(decisions) if d.skipped or d.scheme is None), None)
+    if loser is None:
+        return _agree(weight, decisions)
+    decision = decisions[loser]
+    if len(weight.uses) > 1 and any(d.scheme is not None and not d.skipped for d in decisions):
+        use = weight.uses[loser]
+        reason = f"shared with {weight.module_of(use) or use.node.name}, which is skipped: {decision.reason}"
+        decision = replace(decision, reason=reason)
+    return decision
+
+
+def decide_leaf(path: str, kind: str, vectors_only: bool, config: QuantConfig) -> Decision:
+    """The reason for a module that stayed a leaf of the graph: a rule that names it, else what keeps it out of reach."""
+    for pattern, value in config.overrides:
+        if matches(pattern, path) and value != "skip":
+            raise ConfigError(f"overrides: {pattern!r} asks for {value} on {path}, but {kind} hides its weights")
+    skip = _listed((path,), {kind}, config)
+    if skip is not None:
+        return Decision(None, skip, True)
+    if vectors_only:
+        return Decision(None, f"{kind} holds vectors only, with no rows to group", True)
+    return Decision(None, f"not reachable: {kind} hides its weights from the graph", True)
+
+
+def check_patterns(config: QuantConfig, names: Iterable[str], types: Iterable[str]) -> None:
+    """Raises PatternError for a pattern of the user's that matches none of the model's names or types."""
+    names, types = sorted(set(names)), sorted(set(types))
+    found = {
+        "modules_to_not_convert": (config.modules_to_not_convert, names, matches),
+        "overrides": (tuple(p for p, _ in config.overrides), names, matches),
+        "skip_layer_names": (config.skip_layer_names, names, _exact),
+        "skip_layer_types": (config.skip_layer_types, types, _exact),
+    }
+    for field, (patterns, known, match) in found.items():
+        for pattern in patterns:
+            if not any(match(pattern, name) for name in known):
+                near = difflib.get_close_matches(pattern.removeprefix("re:"), known, n=5, cutoff=0.3) or known[:5]
+                raise PatternError(f"{field}: {pattern!r} matches nothing in the model; nearest: {', '.join(near)}")
+
+
+def _exact(pattern: str, name: str) -> bool:
+    return matches(pattern, name) if pattern.startswith("re:") else pattern == name
+
+
+def _decide_use(weight: Weight, use: WeightUse, config: QuantConfig) -> Decision:
+    names, types = weight.names_of(use), weight.types_of(use)
+    for pattern, value in config.overrides:
+        if any(matches(pattern, n) for n in names):
+            return _override(weight, use, config, pattern, value)
+    skip = _skip_reason(weight, names, types, config)
+    if use.layout is None:
+        return Decision(None, skip if skip and use.reason.endswith("normalization") else use.reason, True)
+    if skip is None:
+        return _fit(weight, use, config.scheme, config)
+    if config.skipped_precision == "int8":
+        return Decision(INT8, f"{skip}: int8 by skipped_precision", True)
+    return Decision(None, skip, True)
+
+
+def _override(weight: Weight, use: WeightUse, config: QuantConfig, pattern: str, value: QuantScheme | str) -> Decision:
+    because = f"override {pattern!r}"
+    if value == "skip":
+        return Decision(None, f"{because}: skip", True)
+    if use.layout is None:
+        raise ConfigError(f"overrides: {pattern!r} asks for {value} on {weight.name}, but {use.reason}")
+    scheme = value if isinstance(value, QuantScheme) else QuantScheme.parse(value, config.scheme)
+    fitted = _fit(weight, use, scheme, config)
+    return replace(fitted, reason=f"{because}: {fitted.reason}" if fitted.reason else because)
+
+
+def _skip_reason(weight: Weight, names: tuple[str, ...], types: set[str], config: QuantConfig) -> str | None:
+    listed = _listed(names, types, config)
+    if listed is None and weight.tensor.numel() < config.skip_param_threshold:
+        return f"{weight.tensor.numel()} parameters < skip_param_threshold {config.skip_param_threshold}"
+    return listed
+
+
+def _listed(names: tuple[str, ...], types: set[str], config: QuantConfig) -> str | None:
+    defaults = DEFAULT_INT4_SKIP if config.default_skips else {}
+    lists = (
+        ("modules_to_not_convert", config.modules_to_not_convert, names, matches),
+        ("skip_layer_names", config.skip_layer_names, names, _exact),
+        ("skip_layer_types", config.skip_layer_types, types, _exact),
+        ("default skip", defaults.get("modules_to_not_convert", ()), names, matches),
+        ("default skip", defaults.get("skip_layer_types", ()), types, _exact),
+    )
+    for rule, patterns, known, match in lists:
+        for pattern in patterns:
+            if any(match(pattern, name) for name in known):
+                return f"{rule}: {pattern}"
+    return None
+
+
+def _fit(weight: Weight, use: WeightUse, scheme: QuantScheme, config: QuantConfig) -> Decision:
+    """The scheme as it fits the rows of this weight: small_layer and indivisible decide where it does not."""
+    assert use.layout is not None
+    _, columns = matrix_shape(tuple(weight.tensor.shape), use.layout, use.groups)
+    size = scheme.group_size
+    if scheme.bits == 8 or size == -1 or columns % size == 0:
+        return Decision(scheme, "")
+    small = columns < size
+    rule, policy = ("small_layer", config.small_layer) if small else ("indivisible", config.indivisible)
+    what = f"rows of {columns} < group_size {size}" if small else f"group_size {size} does not divide rows of {columns}"
+    if policy == "error":
+        raise ConfigError(
+            f"{weight.name}: {what}, and {rule}='error'; use another group_size, {rule}='int8', 'shrink' or 'skip', "
+            "or an override for this layer"
+        )
+    if policy == "skip":
+        return Decision(None, f"{what}: skipped by {rule}", True)
+    shrunk = _shrink(columns, size) if policy == "shrink" else None
+    if shrunk is None:
+        note = f" (no power of two >= {LEAST_SHRUNK_GROUP} divides it)" if policy == "shrink" else ""
+        return Decision(INT8, f"{what}: int8 by {rule}{note}")
+    return Decision(replace(scheme, group_size=shrunk), f"{what}: shrunk to {shrunk}")
+
+
+def _shrink(columns: int, below: int) -> int | None:
+    size = columns & -columns  # the largest power of two that divides it
+    while size >= below:
+        size //= 2
+    return size if size >= LEAST_SHRUNK_GROUP else None
+
+
+def _agree(weight: Weight, decisions: list[Decision]) -> Decision:
+    views = {(use.layout, use.groups) for use in weight.uses}
+    if len(views) > 1:
+        return Decision(None, f"its users view it differently: {', '.join(sorted(str(v[0]) for v in views))}", True)
+    schemes = {d.scheme for d in decisions}
+    if len(schemes) > 1:
+        wanted = ", ".join(sorted(str(s) for s in schemes))
+        return Decision(None, f"its users want different schemes: {wanted}", True)
+    return decisions[0]

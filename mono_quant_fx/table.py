@@ -1,0 +1,150 @@
+"""The accuracy table: one row a weight-carrying node, printable as text, markdown, csv, json and html."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from tabulate import tabulate
+
+NEEDS_DATA = "local dB, acc dB and max err need calibration_data"
+
+
+@dataclass(frozen=True)
+class AccuracyRow:
+    """What happened to one node. A figure that was not measured is None.
+
+    Attributes:
+        node, op, module: the graph node, its operation, and the module whose forward made it.
+        weight: the weight's fully qualified name.
+        scheme: "int4 g128 sym", "int8 channel", or the float dtype.
+        reason: why it was skipped, shrunk or fell back; empty when no rule singled it out.
+        shape: of the float weight.
+        bytes_before, bytes_after: storage of the weight; 0 in the rows of its further users.
+        weight_sqnr_db: of the stored weight against the float one.
+        local_sqnr_db: of the node's output with this node alone quantized, on float inputs.
+        accumulated_sqnr_db, max_abs_error: of the node's output in the quantized graph.
+        status: "critical", "warning", "ok", "good", or "float".
+    """
+
+    node: str
+    op: str
+    module: str
+    weight: str
+    scheme: str
+    reason: str
+    shape: tuple[int, ...]
+    bytes_before: int
+    bytes_after: int
+    weight_sqnr_db: float | None = None
+    local_sqnr_db: float | None = None
+    accumulated_sqnr_db: float | None = None
+    max_abs_error: float | None = None
+    status: str = "float"
+
+    @property
+    def judged_db(self) -> float | None:
+        """The figure that the status judges: the local output's SQNR, and without data the weight's."""
+        return self.local_sqnr_db if self.local_sqnr_db is not None else self.weight_sqnr_db
+
+
+@dataclass(frozen=True)
+class AccuracyTable:
+    """Rows in execution order, and the SQNR of the model's output (None without data).
+
+    str() is the table for a terminal; `_repr_html_` the one for a notebook.
+    """
+
+    rows: tuple[AccuracyRow, ...]
+    output_sqnr_db: float | None = None
+    samples: int = 0
+
+    @property
+    def bytes_before(self) -> int:
+        """Bytes of all weights in the table before."""
+        return sum(row.bytes_before for row in self.rows)
+
+    @property
+    def bytes_after(self) -> int:
+        """Bytes of all weights in the table after."""
+        return sum(row.bytes_after for row in self.rows)
+
+    def __str__(self) -> str:
+        return "\n".join([self._render("simple"), *self._notes()])
+
+    def to_markdown(self) -> str:
+        """A GitHub-flavoured table, with the notes below."""
+        return "\n\n".join([self._render("github"), *self._notes()])
+
+    def to_html(self) -> str:
+        """An HTML table; every text from the model is escaped."""
+        notes = "".join(f"<p>{note}</p>" for note in self._notes())
+        return f"{self._render('html')}{notes}"
+
+    def _repr_html_(self) -> str:
+        return self.to_html()
+
+    def to_csv(self) -> str:
+        """All fields of all rows, unrounded; None is empty."""
+        out = io.StringIO()
+        writer = csv.DictWriter(out, [f.name for f in dataclasses.fields(AccuracyRow)], lineterminator="\n")
+        writer.writeheader()
+        for row in self.rows:
+            writer.writerow({**dataclasses.asdict(row), "shape": "x".join(map(str, row.shape))})
+        return out.getvalue()
+
+    def to_json(self) -> str:
+        """All fields of all rows and the totals, unrounded; an infinite dB is the string "inf"."""
+        rows = [{k: _jsonable(v) for k, v in dataclasses.asdict(row).items()} for row in self.rows]
+        totals = {
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+            "output_sqnr_db": _jsonable(self.output_sqnr_db),
+            "samples": self.samples,
+        }
+        return json.dumps({"rows": rows, "total": totals}, indent=2)
+
+    def _notes(self) -> list[str]:
+        return [] if self.samples else [NEEDS_DATA]
+
+    def _render(self, style: str) -> str:
+        cells = [_cells(row) for row in self.rows]
+        cells.append(["total", "", "model output", "", "", "", _kib(self.bytes_before), _kib(self.bytes_after), "", "",
+                      _db(self.output_sqnr_db), "", ""])  # fmt: skip
+        align = ["left"] * 6 + ["right"] * 6 + ["left"]
+        return tabulate(cells, HEADERS, tablefmt=style, colalign=align, disable_numparse=True)
+
+
+HEADERS = ("node", "op", "module", "scheme", "reason", "weight", "KiB", "KiB after", "weight dB", "local dB", "acc dB",
+           "max err", "status")  # fmt: skip
+
+
+def format_rows(rows: Iterable[AccuracyRow]) -> str:
+    """Some rows of a table, without totals."""
+    return tabulate([_cells(row) for row in rows], HEADERS, disable_numparse=True)
+
+
+def _cells(row: AccuracyRow) -> list[str]:
+    return [
+        row.node, row.op, row.module, row.scheme, row.reason, "x".join(map(str, row.shape)),
+        _kib(row.bytes_before), _kib(row.bytes_after), _db(row.weight_sqnr_db), _db(row.local_sqnr_db),
+        _db(row.accumulated_sqnr_db), "" if row.max_abs_error is None else f"{row.max_abs_error:.2g}", row.status,
+    ]  # fmt: skip
+
+
+def _kib(count: int) -> str:
+    return f"{count / 1024:.1f}" if count else ""
+
+
+def _db(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}"
+
+
+def _jsonable(value: Any) -> Any:
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,15 @@
+"""The passes, one a file, in the order in which they run."""
+
+from mono_quant_fx.passes.skip_annotation import SkipAnnotation  # isort: skip
+from mono_quant_fx.passes.observer_insertion import ObserverInsertion  # isort: skip
+from mono_quant_fx.passes.calibration_execution import CalibrationExecution  # isort: skip
+from mono_quant_fx.passes.int4_groupwise_lowering import Int4GroupwiseLowering  # isort: skip
+from mono_quant_fx.passes.dequant_fusion import DequantFusion  # isort: skip
+
+__all__ = [
+    "CalibrationExecution",
+    "DequantFusion",
+    "Int4GroupwiseLowering",
+    "ObserverInsertion",
+    "SkipAnnotation",
+]

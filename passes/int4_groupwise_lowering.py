@@ -1,0 +1,92 @@
+"""int4-lowering: replaces the constant. Each annotated weight becomes dequantize(codes, scale) before the same op."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from torch import Tensor, fx, nn
+
+from mono_quant_fx import graph, numerics, ops
+from mono_quant_fx.annotation import QuantAnnotation, annotated, drop_annotation, pending, set_annotation
+from mono_quant_fx.errors import WeightError
+from mono_quant_fx.pass_base import Pass
+from mono_quant_fx.weight_ops import from_matrix, to_matrix
+
+
+@dataclass(frozen=True)
+class Int4GroupwiseLowering(Pass):
+    """Rounds to nearest and obeys: every decision is on the annotation (INT8 schemes are lowered here as well).
+
+    The float weight leaves the graph and the state_dict, and what stays float no longer requires gradients.
+
+    Raises:
+        WeightError: a weight holds NaN or infinity; names it.
+    """
+
+    name: ClassVar[str] = "int4-lowering"
+
+    def requires(self, gm: fx.GraphModule) -> str | None:
+        """Decisions are on the graph."""
+        return None if any(annotated(gm)) else "no weight is annotated; run skip-annotation first"
+
+    def rewrite(self, gm: fx.GraphModule) -> None:
+        """One weight at a time, so that the scratch is one weight's."""
+        for node, annotation in list(pending(gm)):
+            _lower(gm, node, annotation)
+        for name, parameter in list(gm.named_parameters()):
+            if parameter.requires_grad:
+                graph.attach(gm, name, nn.Parameter(parameter.detach(), requires_grad=False))
+
+    def ensures(self, gm: fx.GraphModule) -> str | None:
+        """No annotated weight is float."""
+        left = [a.weight for _, a in pending(gm)]
+        return f"{left[0]} is still float" if left else None
+
+
+def _lower(gm: fx.GraphModule, node: fx.Node, annotation: QuantAnnotation) -> None:
+    weight, scheme = graph.get_tensor(gm, node), annotation.scheme
+    assert weight is not None and scheme is not None
+    matrix = to_matrix(weight.detach(), annotation.layout, annotation.groups)
+    try:
+        stored = numerics.quantize_matrix(matrix, scheme)
+    except WeightError as e:
+        raise WeightError(f"int4-lowering: weight {annotation.weight!r} cannot be quantized: {e}") from e
+    used_by = list(node.users)
+    with gm.graph.inserting_before(node):
+        packed, scale, zero_point = (
+            None if tensor is None else _constant(gm, name, tensor, node)
+            for name, tensor in zip(annotation.storage_names, stored, strict=True)
+        )
+        assert packed is not None
+        if scheme.bits == 4:
+            args = (packed, scale, zero_point, scheme.group_size, matrix.shape[1])
+            value = _call(gm, node, ops.dequantize_int4, *args)
+        else:
+            value = _call(gm, node, ops.dequantize_int8, packed, scale, zero_point)
+        value = from_matrix(
+            value,
+            annotation.layout,
+            annotation.groups,
+            annotation.shape,
+            lambda op, *a: _call(gm, node, op, *a),
+        )
+    for user in used_by:
+        user.replace_input_with(node, value)
+    gm.graph.erase_node(node)
+    set_annotation(packed, replace(annotation, lowered=True))
+
+
+def _constant(gm: fx.GraphModule, name: str, tensor: Tensor, like: fx.Node) -> fx.Node:
+    graph.attach(gm, name, tensor)
+    return _copy_meta(gm.graph.get_attr(name), like)
+
+
+def _call(gm: fx.GraphModule, like: fx.Node, op: Any, *args: Any) -> fx.Node:
+    return _copy_meta(gm.graph.call_function(op, args), like)
+
+
+def _copy_meta(node: fx.Node, like: fx.Node) -> fx.Node:
+    node.meta = {k: v for k, v in like.meta.items() if k not in ("val", "tensor_meta", "example_value")}
+    drop_annotation(node)
+    return node

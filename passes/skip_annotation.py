@@ -1,0 +1,93 @@
+"""skip-annotation: decides. After it each weight carries a scheme, or a reason why it has none."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from torch import fx, nn
+
+from mono_quant_fx import graph
+from mono_quant_fx.annotation import QuantAnnotation, WeightUser, annotated, set_annotation
+from mono_quant_fx.config import QuantConfig
+from mono_quant_fx.errors import NothingQuantizedError
+from mono_quant_fx.pass_base import Pass
+from mono_quant_fx.rules import check_patterns, decide
+from mono_quant_fx.weight_ops import Weight, find_weights, hidden_weights
+
+
+@dataclass(frozen=True)
+class SkipAnnotation(Pass):
+    """Puts a QuantAnnotation on every weight of the graph, by the rules of `config` (see QuantConfig).
+
+    Raises:
+        PatternError: a pattern matches nothing. NothingQuantizedError: no weight is left to quantize.
+        ConfigError: a policy of "error" fired.
+    """
+
+    config: QuantConfig = field(default_factory=QuantConfig)
+    name: ClassVar[str] = "skip-annotation"
+
+    def rewrite(self, gm: fx.GraphModule) -> None:
+        """Annotates; weights that are lowered already keep what they have."""
+        weights, hidden = find_weights(gm), hidden_weights(gm)
+        lowered = [a for _, a in annotated(gm) if a.lowered]
+        if not lowered:
+            _check_patterns(self.config, weights, hidden)
+        for weight in weights:
+            set_annotation(weight.node, _annotate(weight, self.config))
+        for node, module in hidden:
+            set_annotation(node, _unreachable(node, module))
+        found = [a for _, a in annotated(gm)]
+        if not any(a.scheme for a in found):
+            raise NothingQuantizedError(_nothing(self.name, found))
+
+
+def _check_patterns(config: QuantConfig, weights: list[Weight], hidden: list[tuple[fx.Node, nn.Module]]) -> None:
+    names = [name for w in weights for use in w.uses for name in w.names_of(use)]
+    types = [kind for w in weights for use in w.uses for kind in w.types_of(use)]
+    leaves = [(str(node.target), type(module).__name__) for node, module in hidden]
+    if weights or leaves:
+        check_patterns(config, names + [n for n, _ in leaves], types + [t for _, t in leaves])
+
+
+def _annotate(weight: Weight, config: QuantConfig) -> QuantAnnotation:
+    decision = decide(weight, config)
+    first = weight.uses[0]
+    return QuantAnnotation(
+        weight=weight.name,
+        scheme=decision.scheme,
+        reason=decision.reason,
+        shape=tuple(weight.tensor.shape),
+        dtype=str(weight.tensor.dtype).removeprefix("torch."),
+        layout=first.layout or "rows",
+        groups=first.groups,
+        users=tuple(
+            WeightUser(use.node.name, use.op, weight.module_of(use), use.input.name if use.input else None)
+            for use in weight.uses
+        ),
+    )
+
+
+def _unreachable(node: fx.Node, module: nn.Module) -> QuantAnnotation:
+    kind, parameters = type(module).__name__, list(module.parameters())
+    largest = max(parameters, key=lambda p: p.numel())
+    is_flat = all(p.dim() < 2 for p in parameters)
+    reason = (
+        f"{kind}: its parameters are vectors" if is_flat else f"not reachable: {kind} hides its weights from the graph"
+    )
+    user = WeightUser(node.name, graph.op_name(node), str(node.target))
+    dtype = str(largest.dtype).removeprefix("torch.")
+    return QuantAnnotation(str(node.target), None, reason, tuple(largest.shape), dtype, users=(user,))
+
+
+def _nothing(name: str, found: list[QuantAnnotation]) -> str:
+    if not found:
+        return f"{name}: the model has no weights, so there is nothing to quantize"
+    counts = Counter(a.reason for a in found).most_common(8)
+    listed = "; ".join(f"{n} x {reason}" for reason, n in counts)
+    return (
+        f"{name}: none of the {len(found)} weights would be quantized ({listed}); loosen the skip rules "
+        "(default_skips=False, skip_param_threshold, small_layer) or leave the model as it is"
+    )
