@@ -51,7 +51,7 @@ def decide(weight: Weight, config: QuantConfig) -> Decision:
 
 
 def decide_leaf(path: str, kind: str, vectors_only: bool, config: QuantConfig) -> Decision:
-    """The reason for a module that stayed a leaf of the graph: a rule that names it, else what keeps it out of reach."""
+    """The reason for a module that stayed a leaf: a rule that names it, else what keeps it out of reach."""
     for pattern, value in config.overrides:
         if matches(pattern, path) and value != "skip":
             raise ConfigError(f"overrides: {pattern!r} asks for {value} on {path}, but {kind} hides its weights")

@@ -78,12 +78,12 @@ def _below(result: QuantizationResult, low: float, high: float, label: str) -> l
         worst = ", ".join(_show(row) for row in found[:5])
         messages.append(f"{label}: {len(found)} of {len(result.accuracy.rows)} nodes below {high:g} dB: {worst}")
     if within(result.info.sqnr_db):
-        messages.append(f"{label}: the model output has {result.info.sqnr_db:.1f} dB, below {high:g} dB")
+        messages.append(f"{label}: the model output has {result.info.sqnr_db:.2f} dB, below {high:g} dB")
     return messages
 
 
 def _show(row: AccuracyRow) -> str:
-    return f"{row.module or row.node} {row.judged_db:.1f} dB"
+    return f"{row.module or row.node} {row.judged_db:.2f} dB"
 
 
 @dataclass(frozen=True)

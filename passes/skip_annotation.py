@@ -13,7 +13,7 @@ from mono_quant_fx.annotation import QuantAnnotation, WeightUser, annotated, set
 from mono_quant_fx.config import QuantConfig
 from mono_quant_fx.errors import NothingQuantizedError
 from mono_quant_fx.pass_base import Pass
-from mono_quant_fx.rules import check_patterns, decide
+from mono_quant_fx.rules import check_patterns, decide, decide_leaf
 from mono_quant_fx.weight_ops import Weight, find_weights, hidden_weights
 
 
@@ -38,7 +38,7 @@ class SkipAnnotation(Pass):
         for weight in weights:
             set_annotation(weight.node, _annotate(weight, self.config))
         for node, module in hidden:
-            set_annotation(node, _unreachable(node, module))
+            set_annotation(node, _annotate_leaf(node, module, self.config))
         found = [a for _, a in annotated(gm)]
         if not any(a.scheme for a in found):
             raise NothingQuantizedError(_nothing(self.name, found))
@@ -70,16 +70,13 @@ def _annotate(weight: Weight, config: QuantConfig) -> QuantAnnotation:
     )
 
 
-def _unreachable(node: fx.Node, module: nn.Module) -> QuantAnnotation:
-    kind, parameters = type(module).__name__, list(module.parameters())
+def _annotate_leaf(node: fx.Node, module: nn.Module, config: QuantConfig) -> QuantAnnotation:
+    path, kind, parameters = str(node.target), type(module).__name__, list(module.parameters())
     largest = max(parameters, key=lambda p: p.numel())
-    is_flat = all(p.dim() < 2 for p in parameters)
-    reason = (
-        f"{kind}: its parameters are vectors" if is_flat else f"not reachable: {kind} hides its weights from the graph"
-    )
-    user = WeightUser(node.name, graph.op_name(node), str(node.target))
+    decision = decide_leaf(path, kind, all(p.dim() < 2 for p in parameters), config)
+    user = WeightUser(node.name, graph.op_name(node), path)
     dtype = str(largest.dtype).removeprefix("torch.")
-    return QuantAnnotation(str(node.target), None, reason, tuple(largest.shape), dtype, users=(user,))
+    return QuantAnnotation(path, None, decision.reason, tuple(largest.shape), dtype, users=(user,))
 
 
 def _nothing(name: str, found: list[QuantAnnotation]) -> str:
