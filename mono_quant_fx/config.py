@@ -50,7 +50,7 @@ class QuantScheme:
     symmetric: bool = True
 
     def __post_init__(self) -> None:
-        _require(self.bits in (4, 8), "bits", self.bits, "bits is 4 or 8")
+        _require(self.bits in (4, 8) and isinstance(self.bits, int), "bits", self.bits, "bits is 4 or 8")
         check_group_size(self.group_size)
         _require(isinstance(self.symmetric, bool), "symmetric", self.symmetric, "symmetric is True or False")
         if self.bits == 8 and self.group_size != -1:
@@ -142,7 +142,8 @@ class QuantConfig:
         object.__setattr__(self, "overrides", _overrides(self.overrides))
         QuantScheme(self.bits, self.group_size if self.bits == 4 else -1, self.symmetric)
         check_group_size(self.group_size)
-        _require(self.axis == 0, "axis", self.axis, "only axis 0, the output channels, can carry scales")
+        channels = self.axis == 0 and type(self.axis) is int
+        _require(channels, "axis", self.axis, "only axis 0, the output channels, can carry scales")
         _require(isinstance(self.default_skips, bool), "default_skips", self.default_skips, "True or False")
         for name in ("small_layer", "indivisible"):
             _choice(name, getattr(self, name), FALLBACKS)

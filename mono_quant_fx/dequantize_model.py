@@ -52,7 +52,7 @@ def dequantize_model(gm: fx.GraphModule) -> fx.GraphModule:
 def _restore(gm: fx.GraphModule, packed: fx.Node, annotation: QuantAnnotation) -> None:
     value = _float_weight(gm, annotation)
     users = list(packed.users)
-    # the name may be that of the INT8 codes, which other nodes read until they are rewritten
+    graph.attach(gm, annotation.weight, nn.Parameter(value, requires_grad=False))  # INT8 codes have this very name
     with gm.graph.inserting_before(packed):
         weight = gm.graph.get_attr(annotation.weight)
     weight.meta = {k: v for k, v in packed.meta.items() if get_annotation(packed) is not v}
@@ -62,7 +62,6 @@ def _restore(gm: fx.GraphModule, packed: fx.Node, annotation: QuantAnnotation) -
             end.replace_all_uses_with(weight)
         else:
             _unfuse(gm, user, weight, annotation)
-    graph.attach(gm, annotation.weight, nn.Parameter(value, requires_grad=False))
 
 
 def _float_weight(gm: fx.GraphModule, annotation: QuantAnnotation) -> Tensor:

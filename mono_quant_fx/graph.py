@@ -151,9 +151,9 @@ def fingerprint(gm: fx.GraphModule) -> tuple[Any, ...]:
             t.stride(),
             t.requires_grad,
         )
-        for name, t in named_tensors(gm)
+        for name, t in sorted(named_tensors(gm), key=lambda item: item[0])
     )
-    return nodes, tensors, tuple((name, type(m).__qualname__) for name, m in gm.named_modules())
+    return nodes, tensors, tuple(sorted((name, type(m).__qualname__) for name, m in gm.named_modules()))
 
 
 def _token(value: Any) -> Any:

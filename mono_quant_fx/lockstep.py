@@ -35,7 +35,8 @@ class Lockstep:
         self.reference, self.quantized = reference, quantized
         self.twins = {n.name: n for n in reference.graph.nodes}
         self.constant = _constants(quantized)
-        self.local_at = {n for n in quantized.graph.nodes if n.name in local_at and n.name in self.twins}
+        calls = [n for n in quantized.graph.nodes if n.op.startswith("call_")]
+        self.local_at = {n for n in calls if n.name in local_at and n.name in self.twins}
         self._uses_reference, self._uses_quantized = self._count_uses()
 
     def run(self, batch: Batch, number: int, visit: Visit) -> None:

@@ -58,7 +58,8 @@ def num_groups(columns: int, group_size: int) -> int:
 def choose_qparams(weight: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor | None]:
     """Scale [N, G] in weight's dtype and zero_point int8 [N, G] (None when symmetric) from each group's extremes.
 
-    Computed in float32; the scale is at least the smallest normal of its dtype, so an all-zero group is 0 * scale.
+    Computed in float32; the scale is at least the smallest normal of its dtype (and of float32), so that an all-zero
+    group is 0 * scale.
 
     >>> choose_qparams(torch.tensor([[0.0, 1.5, -1.0, 0.5]]), QuantScheme(4, -1))
     (tensor([[0.2000]]), None)
@@ -71,7 +72,8 @@ def choose_qparams(weight: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor 
         scale = torch.maximum(high, -low) / ((qmax - qmin) / 2)
     else:
         scale = high / (qmax - qmin) - low / (qmax - qmin)
-    scale = scale.clamp(min=torch.finfo(weight.dtype).tiny).to(weight.dtype)
+    least = max(torch.finfo(weight.dtype).tiny, torch.finfo(torch.float32).tiny)  # float64's own would be 0 in float32
+    scale = scale.clamp(min=least).to(weight.dtype)
     if scheme.symmetric:
         return scale, None
     zero_point = (qmin - torch.round(low / scale.float())).clamp(qmin, qmax)

@@ -37,13 +37,17 @@ def matches(pattern: str, name: str) -> bool:
 
 
 def decide(weight: Weight, config: QuantConfig) -> Decision:
-    """The decision for one weight. With several users the first one that must be skipped decides for all."""
+    """The decision for one weight. Of several users the first that must be skipped decides for all.
+
+    A user that must stay as it is goes before one that skipped_precision stores as INT8.
+    """
     decisions = [_decide_use(weight, use, config) for use in weight.uses]
-    loser = next((i for i, d in enumerate(decisions) if d.skipped or d.scheme is None), None)
-    if loser is None:
+    losers = [i for i, d in enumerate(decisions) if d.skipped or d.scheme is None]
+    if not losers:
         return _agree(weight, decisions)
+    loser = min(losers, key=lambda i: decisions[i].scheme is not None)
     decision = decisions[loser]
-    if len(weight.uses) > 1 and any(d.scheme is not None and not d.skipped for d in decisions):
+    if any((d.scheme, d.skipped) != (decision.scheme, decision.skipped) for d in decisions):
         use = weight.uses[loser]
         reason = f"shared with {weight.module_of(use) or use.node.name}, which is skipped: {decision.reason}"
         decision = replace(decision, reason=reason)

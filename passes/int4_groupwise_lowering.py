@@ -60,8 +60,7 @@ def _lower(gm: fx.GraphModule, node: fx.Node, annotation: QuantAnnotation) -> No
         )
         assert packed is not None
         if scheme.bits == 4:
-            args = (packed, scale, zero_point, scheme.group_size, matrix.shape[1])
-            value = _call(gm, node, ops.dequantize_int4, *args)
+            value = _call(gm, node, ops.dequantize_int4, packed, scale, zero_point, scheme.group_size, matrix.shape[1])
         else:
             value = _call(gm, node, ops.dequantize_int8, packed, scale, zero_point)
         value = from_matrix(
@@ -83,7 +82,8 @@ def _constant(gm: fx.GraphModule, name: str, tensor: Tensor, like: fx.Node) -> f
 
 
 def _call(gm: fx.GraphModule, like: fx.Node, op: Any, *args: Any) -> fx.Node:
-    return _copy_meta(gm.graph.call_function(op, args), like)
+    name = f"{like.name}_dequantized" if op in (ops.dequantize_int4, ops.dequantize_int8) else None
+    return _copy_meta(gm.graph.call_function(op, args, name=name), like)
 
 
 def _copy_meta(node: fx.Node, like: fx.Node) -> fx.Node:

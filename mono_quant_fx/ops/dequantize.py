@@ -16,6 +16,10 @@ def check_int4(packed: Tensor, scale: Tensor, zero_point: Tensor | None, group_s
         lambda: "weight_packed: int32 [N, ceil(K/8)] needed",
     )
     torch._check(
+        group_size == -1 or (group_size > 0 and group_size % 8 == 0),
+        lambda: f"group_size={group_size}: a positive multiple of 8, or -1, needed",
+    )
+    torch._check(
         packed.shape[1] == (columns + 7) // 8,
         lambda: f"weight_packed has {packed.shape[1]} words a row, but {columns} columns need {(columns + 7) // 8}",
     )
@@ -30,12 +34,16 @@ def check_int4(packed: Tensor, scale: Tensor, zero_point: Tensor | None, group_s
     )
 
 
-def check_int8(weight: Tensor, scale: Tensor) -> None:
-    """Raises RuntimeError unless weight is int8 [N, K] and scale [N, 1]."""
+def check_int8(weight: Tensor, scale: Tensor, zero_point: Tensor | None) -> None:
+    """Raises RuntimeError unless weight is int8 [N, K], and scale and zero_point are [N, 1]."""
     torch._check(weight.dtype == torch.int8 and weight.dim() == 2, lambda: "weight: int8 [N, K] needed")
     torch._check(
         tuple(scale.shape) == (weight.shape[0], 1),
         lambda: f"weight_scale is {tuple(scale.shape)}; {(weight.shape[0], 1)} needed",
+    )
+    torch._check(
+        zero_point is None or tuple(zero_point.shape) == (weight.shape[0], 1),
+        lambda: f"weight_zero_point is not of shape {(weight.shape[0], 1)}",
     )
 
 
@@ -51,12 +59,12 @@ def _int4_fake(packed: Tensor, scale: Tensor, zero_point: Tensor | None, group_s
 
 
 def _int8(weight: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
-    check_int8(weight, scale)
+    check_int8(weight, scale, zero_point)
     return numerics.dequantize(weight, scale, zero_point, -1)
 
 
 def _int8_fake(weight: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
-    check_int8(weight, scale)
+    check_int8(weight, scale, zero_point)
     return scale.new_empty(weight.shape)
 
 

@@ -18,7 +18,10 @@ from mono_quant_fx.ops.registry import register
 
 
 def _check_input(x: Tensor, rows: int, bias: Tensor | None) -> None:
-    torch._check(x.dim() >= 1 and x.is_floating_point(), lambda: f"x: a float tensor [..., K] needed, not {x.dtype}")
+    torch._check(
+        x.dim() >= 1 and x.is_floating_point(),
+        lambda: f"x: a float tensor [..., K] needed, not {tuple(x.shape)} of {x.dtype}",
+    )
     torch._check(
         bias is None or tuple(bias.shape) == (rows,),
         lambda: f"bias: one value an output channel ({rows}) needed",
@@ -39,8 +42,8 @@ def _tiled_linear(x: Tensor, rows: int, bias: Tensor | None, tile: Callable[[sli
 def _int4(
     x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, group_size: int
 ) -> Tensor:
+    _check_input(x, packed.shape[0], bias)
     rows, columns = packed.shape[0], x.shape[-1]
-    _check_input(x, rows, bias)
     check_int4(packed, scale, zero_point, group_size, columns)
     width = packed.shape[1] * 8
     scratch = scale.new_empty(min(rows, max(1, numerics.TILE // max(1, columns))), width)
@@ -60,9 +63,14 @@ def _int4_fake(
     return x.new_empty(*x.shape[:-1], packed.shape[0])
 
 
+def _check_int8(x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None) -> None:
+    check_int8(weight, scale, zero_point)
+    torch._check(x.shape[-1] == weight.shape[1], lambda: f"x has {x.shape[-1]} columns, weight {weight.shape[1]}")
+
+
 def _int8(x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None) -> Tensor:
     _check_input(x, weight.shape[0], bias)
-    check_int8(weight, scale)
+    _check_int8(x, weight, scale, zero_point)
 
     def tile(at: slice) -> Tensor:
         return numerics.dequantize(weight[at], scale[at], None if zero_point is None else zero_point[at], -1)
@@ -72,8 +80,7 @@ def _int8(x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, b
 
 def _int8_fake(x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None) -> Tensor:
     _check_input(x, weight.shape[0], bias)
-    check_int8(weight, scale)
-    torch._check(x.shape[-1] == weight.shape[1], lambda: f"x has {x.shape[-1]} columns, weight {weight.shape[1]}")
+    _check_int8(x, weight, scale, zero_point)
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 

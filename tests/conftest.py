@@ -1,0 +1,22 @@
+"""Says what is missing before a hundred tests fail over it."""
+
+import warnings
+
+import pytest
+import torch
+
+try:
+    import mono_quant_fx.passes
+except ModuleNotFoundError as e:  # the checkout was found first, and it has no subpackage of that name
+    raise pytest.UsageError(
+        "mono_quant_fx.passes is mapped from passes/: develop with an editable install, "
+        "pip install torch==2.13.0 -e '.[test]'"
+    ) from e
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", mono_quant_fx.AccuracyWarning)
+        yield
