@@ -37,7 +37,7 @@ def test_the_definitions_in_float64(values):
     reference, approximation = torch.tensor(values).double().T
     signal, noise = reference.square().sum().item(), (reference - approximation).square().sum().item()
     assert mq.max_abs_error(reference, approximation) == pytest.approx(
-        (reference - approximation).abs().max(), rel=1e-6
+        (reference - approximation).abs().max().item(), rel=1e-6
     )
     if signal and noise:
         # values are float32, so only the difference is rounded, to 24 bits

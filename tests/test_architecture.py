@@ -1,0 +1,164 @@
+"""The shape of the project: imports point one way, files stay small, and the wheel holds what it should."""
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+import mono_quant_fx as mq
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "mono_quant_fx"
+SOURCES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "passes").glob("*.py")])
+
+#: Each layer may import the layers above its own line, and its own. Modules that are not named belong to the last.
+LAYERS = [
+    {"errors"},
+    {"config"},
+    {"numerics", "metrics"},
+    {"ops"},
+    {"graph"},
+    {"annotation", "weight_ops", "data"},
+    {"pass_base", "rules", "tracer", "capture_errors", "observers", "run", "printing", "table", "modules"},
+    {"capture", "lockstep", "dequantize_model", "result"},
+    {"accuracy"},
+    {"validation"},
+    {"passes"},
+    {"compiler"},
+    {"__init__", "__main__", "demo", "demo_model"},
+]
+
+
+def module_name(path: Path) -> str:
+    """config for mono_quant_fx/config.py, ops for anything in ops/, passes for anything in passes/."""
+    if path.parent.name in ("passes", "ops"):
+        return path.parent.name
+    return path.stem
+
+
+def imports_of(path: Path) -> set[str]:
+    """The project's modules that a file imports, at any depth of the file; "" is the bare package."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {a.name for a in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module == "mono_quant_fx":
+            names |= {f"mono_quant_fx.{a.name}" for a in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names.add(node.module)
+    ours = {n for n in names if n == "mono_quant_fx" or n.startswith("mono_quant_fx.")}
+    return {n.split(".")[1] if "." in n else "" for n in ours}
+
+
+def layer(name: str) -> int:
+    return next(i for i, names in enumerate(LAYERS) if name in names)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_one_way(path):
+    own = module_name(path)
+    for name in imports_of(path):
+        if path == PACKAGE / "__init__.py":
+            continue
+        assert name != "", f"{path.name} imports the bare package"
+        assert layer(name) <= layer(own), f"{own} must not import {name}"
+        if own == "passes" and name == "passes":
+            assert path.name == "__init__.py", "a pass never imports another pass"
+
+
+def test_config_and_errors_do_not_need_torch():
+    for name in ("config", "errors"):
+        assert "torch" not in (PACKAGE / f"{name}.py").read_text().split("import")[-1].split()
+        tree = ast.parse((PACKAGE / f"{name}.py").read_text())
+        modules = [n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
+        modules += [a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names]
+        assert not [m for m in modules if m and m.split(".")[0] == "torch"]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_and_functions_stay_readable(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= 290, "split it"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            docstring = ast.get_docstring(node) or ""
+            length = node.end_lineno - node.lineno + 1 - len(docstring.splitlines())
+            assert length <= 60, f"{node.name} has {length} lines"
+
+
+def test_nothing_unpickles_or_evaluates():
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call):
+                name = ast.unparse(node.func)
+                assert name not in ("eval", "exec", "pickle.load", "pickle.loads", "__import__"), path
+                assert name != "torch.load" or "weights_only=True" in ast.unparse(node), path
+
+
+def test_deprecated_torch_packages_are_not_imported():
+    for path in SOURCES:
+        assert "torch.ao" not in path.read_text()
+        assert "transformers" not in {n for p in SOURCES for n in imports_of(p)}
+
+
+def test_the_public_names_are_there_and_documented():
+    for name in mq.__all__:
+        value = getattr(mq, name)
+        assert value.__doc__ or not callable(value), name
+    assert set(mq.passes.__all__) == {
+        "SkipAnnotation", "ObserverInsertion", "CalibrationExecution", "Int4GroupwiseLowering", "DequantFusion",
+    }  # fmt: skip
+
+
+def test_the_top_level_is_the_design_card():
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split(
+        "\n"
+    )
+    top = {name.split("/")[0] for name in listed if name}
+    expected = {"mono_quant_fx", "passes", "tests", "docs", "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md"}
+    assert {n for n in top if not n.startswith(".")} <= expected
+
+
+USE = """
+import sys, torch, mono_quant_fx as mq
+assert not mq.__file__.startswith(sys.argv[1]), mq.__file__
+gm = mq.quantize(torch.nn.Sequential(torch.nn.Linear(64, 64)).eval(), group_size=32).graph_module
+assert gm(torch.randn(1, 64)).shape == (1, 64)
+assert mq.passes.DequantFusion.__module__ == "mono_quant_fx.passes.dequant_fusion"
+print("used")
+"""
+
+
+@pytest.mark.slow
+def test_the_wheel_installs_in_a_fresh_venv_and_runs_outside_the_repo(tmp_path):
+    source, dist, venv = tmp_path / "source", tmp_path / "dist", tmp_path / "venv"
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    for name in listed:
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, source / name)
+    pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check"]
+    subprocess.run([*pip, "wheel", "--no-deps", "-w", str(dist), str(source)], check=True)
+    (wheel,) = dist.glob("*.whl")
+    names = subprocess.run([sys.executable, "-m", "zipfile", "-l", str(wheel)], capture_output=True, text=True).stdout
+    packaged = {line.split()[0] for line in names.splitlines()[1:]}
+    assert {
+        "mono_quant_fx/passes/dequant_fusion.py",
+        "mono_quant_fx/ops/linear.py",
+        "mono_quant_fx/py.typed",
+    } <= packaged
+    assert not [n for n in packaged if n.startswith(("passes/", "tests/"))]
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(venv)], check=True)
+    python = venv / "bin" / "python"
+    subprocess.run([*pip, "--python", str(python), "install", "--no-deps", str(wheel)], check=True)
+    # torch and the other dependencies come from this environment, whose editable install is not on this path
+    environment = {**os.environ, "PYTHONPATH": sysconfig.get_paths()["purelib"]}
+    used = subprocess.run(
+        [str(python), "-c", USE, str(ROOT)], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert used.stdout == "used\n", used.stderr
