@@ -152,9 +152,12 @@ class QuantConfig:
         _whole("skip_param_threshold", self.skip_param_threshold, 0)
         _whole("num_calibration_samples", self.num_calibration_samples, 1)
         check_thresholds(self.sqnr_warning_threshold, self.sqnr_error_threshold)
-        for _, value in self.overrides:
+        for pattern, value in self.overrides:
             if isinstance(value, str) and value != "skip":
-                QuantScheme.parse(value, self.scheme)
+                try:
+                    QuantScheme.parse(value, self.scheme)
+                except ConfigError as e:
+                    raise ConfigError(f"overrides: {pattern!r}: {e}, or 'skip'") from e
 
     @property
     def scheme(self) -> QuantScheme:

@@ -44,7 +44,13 @@ class QuantizedLinearInt4(nn.Module):
         return cls(stored, linear.in_features, group_size, linear.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] -> [..., N] in x's dtype."""
+        """x [..., K] -> [..., N] in x's dtype.
+
+        Raises:
+            ValueError: x has another number of columns.
+        """
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"x has {x.shape[-1]} columns; in_features is {self.in_features}")
         return ops.int4_linear(
             x, self.weight_packed, self.weight_scale, self.weight_zero_point, self.bias, self.group_size
         )

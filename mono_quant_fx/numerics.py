@@ -59,7 +59,10 @@ def choose_qparams(weight: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor 
     """Scale [N, G] in weight's dtype and zero_point int8 [N, G] (None when symmetric) from each group's extremes.
 
     Computed in float32; the scale is at least the smallest normal of its dtype (and of float32), so that an all-zero
-    group is 0 * scale.
+    group is 0 * scale, and at most what keeps every code finite.
+
+    Raises:
+        WeightError: the weight holds NaN or infinity.
 
     >>> choose_qparams(torch.tensor([[0.0, 1.5, -1.0, 0.5]]), QuantScheme(4, -1))
     (tensor([[0.2000]]), None)
@@ -68,12 +71,18 @@ def choose_qparams(weight: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor 
     parts = [torch.aminmax(part.float(), dim=-1) for part, _ in _groups(weight, scheme.group_size)]
     low = torch.cat([p.min for p in parts], 1).clamp(max=0.0)
     high = torch.cat([p.max for p in parts], 1).clamp(min=0.0)
+    if not bool(torch.isfinite(high - low.double()).all()):
+        raise WeightError(
+            "it holds NaN or infinity (or exceeds float32), which no code can stand for; repair it or skip this layer"
+        )
     if scheme.symmetric:
         scale = torch.maximum(high, -low) / ((qmax - qmin) / 2)
     else:
         scale = high / (qmax - qmin) - low / (qmax - qmin)
-    least = max(torch.finfo(weight.dtype).tiny, torch.finfo(torch.float32).tiny)  # float64's own would be 0 in float32
-    scale = scale.clamp(min=least).to(weight.dtype)
+    info = torch.finfo(weight.dtype)
+    least = max(info.tiny, torch.finfo(torch.float32).tiny)  # float64's own would be 0 in float32
+    farthest = -qmin if scheme.symmetric else qmax - qmin  # codes from zero: none may come out as infinity
+    scale = scale.double().clamp(least, info.max / farthest / 1.01).to(weight.dtype)
     if scheme.symmetric:
         return scale, None
     zero_point = (qmin - torch.round(low / scale.float())).clamp(qmin, qmax)
@@ -185,7 +194,9 @@ def quantize_weight_int4(
     """
     check_group_size(group_size)
     if weight.dim() < 2 or not -weight.dim() <= axis < weight.dim():
-        raise WeightError(f"axis={axis} of a weight of shape {tuple(weight.shape)}: at least [out, in] is needed")
+        raise WeightError(
+            f"axis={axis} of a weight of shape {tuple(weight.shape)}: an axis of at least [out, in] is needed"
+        )
     return quantize_matrix(weight.movedim(axis, 0).flatten(1), QuantScheme(4, group_size, symmetric))
 
 
@@ -206,8 +217,6 @@ def dequantize_weight(stored: QuantizedWeight, group_size: int, columns: int) ->
 def _quantize_tile(tile: Tensor, scheme: QuantScheme) -> QuantizedWeight:
     tile = tile.contiguous()
     scale, zero_point = choose_qparams(tile, scheme)
-    if not bool(torch.isfinite(scale).all()):  # aminmax carries NaN and infinity into the scale
-        raise WeightError("it holds NaN or infinity, which no code can stand for; repair it or skip this layer")
     codes = quantize(tile, scale, zero_point, scheme)
     return QuantizedWeight(pack_int4(codes) if scheme.bits == 4 else codes, scale, zero_point)
 

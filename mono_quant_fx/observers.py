@@ -110,7 +110,7 @@ def create_observer(name: str = "minmax", **options: Any) -> Observer:
     """An observer by name.
 
     Raises:
-        ConfigError: an unknown name; lists the known ones.
+        ConfigError: an unknown name (lists the known ones) or option.
 
     >>> create_observer("minmax", axis=0)
     MinMaxObserver(axis=0, min=inf, max=-inf)
@@ -118,7 +118,10 @@ def create_observer(name: str = "minmax", **options: Any) -> Observer:
     if name not in _OBSERVERS:
         near = difflib.get_close_matches(str(name), _OBSERVERS) or sorted(_OBSERVERS)
         raise ConfigError(f"observer {name!r} is not known; known: {', '.join(near)}")
-    return _OBSERVERS[name](**options)
+    try:
+        return _OBSERVERS[name](**options)
+    except TypeError as e:
+        raise ConfigError(f"observer {name!r} does not take {options}: {e}") from e
 
 
 def _numbers(x: Tensor) -> tuple[float, ...]:

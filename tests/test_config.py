@@ -57,8 +57,8 @@ WRONG_LISTS = [
     ({"overrides": ["a"]}, f"overrides: 'a': {PAIR}"),
     ({"overrides": {"": "int8"}}, f"overrides: '' {PATTERN}"),
     ({"overrides": {3: "int8"}}, f"overrides: 3 {PATTERN}"),
-    ({"overrides": {"a": "int5"}}, f"scheme 'int5': {SCHEME}"),
-    ({"overrides": {"a": "int4 g12"}}, f"group_size=12: {GROUP}"),
+    ({"overrides": {"a": "int5"}}, f"overrides: 'a': scheme 'int5': {SCHEME}, or 'skip'"),
+    ({"overrides": {"a": "int4 g12"}}, f"overrides: 'a': group_size=12: {GROUP}, or 'skip'"),
     (
         {"overrides": {"re:[": "skip"}},
         "overrides: 're:[' is no regular expression: unterminated character set at position 0",

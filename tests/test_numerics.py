@@ -55,6 +55,28 @@ def test_unpack_is_the_inverse_of_pack(n, k, seed):
 
 
 @law
+@given(n=rows, k=columns, seed=seeds, scheme=schemes, dtype=st.sampled_from(DTYPES[:3]))
+def test_the_equations_of_the_module_in_float32_group_by_group(n, k, seed, scheme, dtype):
+    w = matrix(n, k, seed, dtype)
+    scale, zero_point = numerics.choose_qparams(w, scheme)
+    codes = numerics.quantize(w, scale, zero_point, scheme)
+    size, (qmin, qmax) = (k if scheme.group_size == -1 else scheme.group_size), numerics.code_range(scheme.bits)
+    assert scale.shape == (n, -(-k // size))
+    for g, (group, code) in enumerate(zip(w.float().split(size, 1), codes.split(size, 1), strict=True)):
+        low, high = group.amin(1).clamp(max=0), group.amax(1).clamp(min=0)
+        wide = (
+            group.abs().amax(1) / ((qmax - qmin) / 2)
+            if scheme.symmetric
+            else high / (qmax - qmin) - low / (qmax - qmin)
+        )
+        assert torch.equal(scale[:, g], wide.clamp(min=torch.finfo(dtype).tiny).to(dtype))
+        step = scale[:, g].float()
+        zero = torch.zeros(n) if zero_point is None else (qmin - torch.round(low / step)).clamp(qmin, qmax)
+        assert zero_point is None or torch.equal(zero_point[:, g], zero.to(torch.int8))
+        assert torch.equal(code, (torch.round(group / step[:, None]) + zero[:, None]).clamp(qmin, qmax).to(torch.int8))
+
+
+@law
 @given(n=rows, k=columns, seed=seeds, scheme=schemes, dtype=dtypes)
 def test_inside_the_range_the_error_is_half_a_step(n, k, seed, scheme, dtype):
     w = matrix(n, k, seed, dtype)
@@ -151,12 +173,23 @@ def test_values_near_the_largest_of_the_dtype_stay_finite(dtype, symmetric):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_nan_and_infinity_are_refused_wherever_they_sit(bad, symmetric, dtype):
-    words = r"^it holds NaN or infinity, which no code can stand for; repair it or skip this layer$"
+    words = (
+        r"^it holds NaN or infinity \(or exceeds float32\), which no code can stand for; repair it or skip this layer$"
+    )
     for at in ((0, 0), (3, 17), (2, 20)):  # the last is in the ragged group
         w = torch.ones(4, 21, dtype=dtype)
         w[at] = bad
         with pytest.raises(mq.WeightError, match=words):
             mq.quantize_weight_int4(w, 8, symmetric=symmetric)
+
+
+@pytest.mark.parametrize("scheme", [QuantScheme(4, -1), QuantScheme(4, -1, False), INT8], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_largest_number_of_a_dtype_stays_finite(dtype, sign, scheme):
+    w = torch.full((1, 8), sign * torch.finfo(dtype).max, dtype=dtype)
+    ratio = numerics.fake_quantize(w, scheme).double() / w.double()
+    assert 0.85 < ratio.min() <= ratio.max() <= 1
 
 
 @pytest.mark.parametrize("scheme", [QuantScheme(4, 16), QuantScheme(4, -1, False), INT8], ids=str)
@@ -188,7 +221,12 @@ def test_quantize_weight_int4_takes_any_shape_along_any_axis():
 @pytest.mark.parametrize(
     ("weight", "options", "error", "words"),
     [
-        (torch.ones(8), {}, mq.WeightError, r"axis=0 of a weight of shape \(8,\): at least \[out, in\] is needed"),
+        (
+            torch.ones(8),
+            {},
+            mq.WeightError,
+            r"axis=0 of a weight of shape \(8,\): an axis of at least \[out, in\] is needed",
+        ),
         (torch.ones(8, 8), {"axis": 2}, mq.WeightError, r"axis=2 of a weight of shape \(8, 8\)"),
         (torch.ones(0, 8), {}, mq.WeightError, r"a non-empty float matrix is needed, not \(0, 8\) of torch.float32"),
         (

@@ -161,7 +161,7 @@ ODD = "no power of two >= 16 divides it"
     ("columns", "group_size", "policy", "expected"),
     [
         (384, 256, "shrink", ("int4 g128 sym", "group_size 256 does not divide rows of 384: shrunk to 128")),
-        (48, 32, "shrink", ("int4 g16 sym", "group_size 32 does not divide rows of 48: shrunk to 16")),
+        (64, 24, "shrink", ("int4 g16 sym", "group_size 24 does not divide rows of 64: shrunk to 16")),
         (96, 128, "shrink", ("int4 g32 sym", "rows of 96 < group_size 128: shrunk to 32")),
         (64, 128, "shrink", ("int4 g64 sym", "rows of 64 < group_size 128: shrunk to 64")),
         (
