@@ -37,7 +37,7 @@ class ErrorSum:
         self.signal += _energy(ref)
         if math.isfinite(self.noise) and diff.numel():
             self.noise += _energy(diff)
-            self.max_abs = max(self.max_abs, float(diff.abs().max()))
+            self.max_abs = max(self.max_abs, float(torch.linalg.vector_norm(diff, math.inf)))
 
     @property
     def sqnr_db(self) -> float | None:
@@ -92,4 +92,4 @@ def _summed(reference: Tensor, approximation: Tensor) -> ErrorSum:
 def _energy(x: Tensor) -> float:
     # float64 sums a row at a time, so that the scratch stays small beside x
     flat = x.reshape(-1)
-    return sum(float(part.double().square().sum()) for part in flat.split(1 << 20))
+    return sum(float(part.double().square().sum()) for part in flat.split(1 << 17))

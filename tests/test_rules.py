@@ -113,7 +113,7 @@ def test_a_users_lists_add_to_the_defaults_and_can_replace_them():
     assert with_more == {"0": ("None", "default skip: Embedding"), "1": QUANTIZED, "2": ("None", "skip_layer_names: 2")}
     assert decisions(Tied(), default_skips=False) == {"emb": QUANTIZED, "body": QUANTIZED}
     typed = decisions(Tied(head="out"), default_skips=False, skip_layer_types=[nn.Embedding])
-    assert typed["emb"] == ("None", "shared with emb, which is skipped: skip_layer_types: Embedding")
+    assert typed["emb"] == ("None", "skip_layer_types: Embedding (tied weight: emb decides)")
 
 
 def test_the_parameter_threshold_counts_the_weights_elements():
@@ -222,12 +222,12 @@ def test_a_pattern_without_a_match_lists_the_nearest_names(field, pattern, neare
 
 def test_a_tied_weight_is_skipped_for_all_when_one_user_is():
     skipped = {"default_skips": False, "modules_to_not_convert": ["lm_head"]}
-    shared = "shared with lm_head, which is skipped: "
-    assert decisions(Tied(), **skipped)["emb"] == ("None", f"{shared}modules_to_not_convert: lm_head")
-    reason = f"{shared}modules_to_not_convert: lm_head: int8 by skipped_precision"
+    tied = "(tied weight: lm_head decides)"
+    assert decisions(Tied(), **skipped)["emb"] == ("None", f"modules_to_not_convert: lm_head {tied}")
+    reason = f"modules_to_not_convert: lm_head: int8 by skipped_precision {tied}"
     assert decisions(Tied(), **skipped, skipped_precision="int8")["emb"] == ("int8 channel", reason)
     kept = decisions(Tied(), skipped_precision="int8", overrides={"lm_head": "skip"})
-    assert kept["emb"] == ("None", f"{shared}override 'lm_head': skip")  # to keep it goes before to store it as int8
+    assert kept["emb"] == ("None", f"override 'lm_head': skip {tied}")  # to keep it goes before to store it as int8
     rows = mq.quantize(Tied().eval(), **skipped).accuracy.rows
     assert {r.node: r.scheme for r in rows if r.weight == "emb.weight"} == {
         "embedding": "float32",

@@ -55,7 +55,7 @@ def test_users_of_a_tied_weight_are_listed_in_order():
         ("linear_1", "linear", "head"),
     ]
     assert tied.scheme is None
-    assert tied.reason == "shared with emb, which is skipped: default skip: Embedding"
+    assert tied.reason == "default skip: Embedding (tied weight: emb decides)"
 
 
 def test_leaf_modules_and_depthwise_rows_have_reasons():
