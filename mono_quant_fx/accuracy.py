@@ -8,12 +8,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
 from mono_quant_fx import graph, numerics
 from mono_quant_fx.annotation import QuantAnnotation, annotated, stored_weight
 from mono_quant_fx.config import check_thresholds
-from mono_quant_fx.data import Batch, Prepare, collect
+from mono_quant_fx.data import Batch, Prepare, collect, leaves
 from mono_quant_fx.errors import CalibrationError, PreconditionError
 from mono_quant_fx.lockstep import Lockstep
 from mono_quant_fx.metrics import ErrorSum
@@ -102,7 +101,7 @@ def _measure(
 
 
 def _add(total: ErrorSum, expected: Any, actual: Any) -> None:
-    pairs = zip(pytree.tree_leaves(expected), pytree.tree_leaves(actual), strict=True)
+    pairs = zip(leaves(expected), leaves(actual), strict=True)
     for a, b in pairs:
         if isinstance(a, Tensor) and a.is_floating_point():
             if a.shape != b.shape:

@@ -8,24 +8,23 @@ leaf modules, or computes something else than the model does.
 from __future__ import annotations
 
 import contextlib
-import io
-import logging
+import functools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.experimental.symbolic_shapes import is_concrete_int
-from torch.utils import _pytree as pytree
+from torch.fx.graph import _PyTreeCodeGen
 
 from mono_quant_fx import graph
-from mono_quant_fx.capture_errors import explain_failure
-from mono_quant_fx.data import Batch, to_batch
+from mono_quant_fx.capture_errors import explain_failure, explain_own_failure
+from mono_quant_fx.data import Batch, leaves, to_batch
 from mono_quant_fx.errors import CaptureError, ConfigError
-from mono_quant_fx.tracer import QuantTracer, required_inputs
-from mono_quant_fx.weight_ops import WEIGHT_MODULES, find_weights, hidden_weights
+from mono_quant_fx.exporter import check_exported_mode, export
+from mono_quant_fx.tracer import open_modules, trace
+from mono_quant_fx.weight_ops import find_weights, hidden_weights
 
 METHODS = ("auto", "symbolic", "export")
 
@@ -39,6 +38,8 @@ def capture(
 ) -> fx.GraphModule:
     """Captures a model in eval mode as an FX graph that shares its tensors; the model itself is not touched.
 
+    With an example the graph is run on it once and must give what the model gives; without one nothing checks it.
+
     Args:
         model: an nn.Module, a GraphModule (its Linear, Conv and Embedding calls are opened) or an ExportedProgram.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments. Needed for torch.export only.
@@ -49,6 +50,7 @@ def capture(
     Raises:
         CaptureError: the model is in training mode, or no way leads to a graph; names the user's line and a remedy.
         ConfigError: an unknown method.
+        CalibrationError: the example does not fit forward.
 
     >>> print(capture(nn.Sequential(nn.Linear(4, 2), nn.ReLU()).eval()).code.strip())
     def forward(self, input):
@@ -62,14 +64,22 @@ def capture(
     if method not in METHODS:
         raise ConfigError(f"method={method!r}: one of {', '.join(map(repr, METHODS))} is needed")
     if isinstance(model, torch.export.ExportedProgram):
-        return _normalize(model.module())
+        model = model.module()
     if not isinstance(model, nn.Module):
         raise CaptureError(f"a torch.nn.Module is needed, not {type(model).__name__}; wrap a function in a Module")
     _check_eval(model)
     if isinstance(model, fx.GraphModule):
-        return _open_modules(model)
+        return open_modules(model)
     example = None if example_inputs is None else to_batch(example_inputs)
-    return _Attempts(model, example, dynamic_shapes).run(method)
+    if example is not None:
+        example.check_fits(model)
+    gm, notes = _Attempts(model, example, dynamic_shapes).run(method)
+    for note in notes:
+        warnings.warn(note, stacklevel=2)
+    return gm
+
+
+Captured = tuple[fx.GraphModule, list[str]]
 
 
 @dataclass
@@ -79,17 +89,20 @@ class _Attempts:
     model: nn.Module
     example: Batch | None
     dynamic_shapes: Any
+    expected: list[Any] | None = None
 
-    def run(self, method: str) -> fx.GraphModule:
+    def run(self, method: str) -> Captured:
+        """The graph, and what the user should know about it."""
+        self._expect()
         failures: dict[str, BaseException] = {}
         symbolic = None
         if method != "export":
             symbolic = self._try("symbolic tracing", self._symbolic, failures)
-            if symbolic is not None and (method == "symbolic" or not self._worth_exporting(symbolic)):
+            if symbolic is not None and (method == "symbolic" or not _worth_exporting(symbolic[0])):
                 return symbolic
         if method != "symbolic" and self.example is not None:
             exported = self._try("torch.export", self._export, failures)
-            if exported is not None and (symbolic is None or _reachable(exported) > _reachable(symbolic)):
+            if exported is not None and (symbolic is None or _reachable(exported[0]) > _reachable(symbolic[0])):
                 return exported
         if symbolic is not None:
             return symbolic
@@ -97,136 +110,92 @@ class _Attempts:
             reversed(failures.values()), None
         )
 
-    def _try(
-        self, name: str, way: Callable[[], fx.GraphModule], failures: dict[str, BaseException]
-    ) -> fx.GraphModule | None:
+    def _try(self, name: str, way: Callable[[], Captured], failures: dict[str, BaseException]) -> Captured | None:
         try:
             return way()
         except Exception as e:
             failures[name] = e
             return None
 
-    def _symbolic(self) -> fx.GraphModule:
-        names = None if self.example is None else self.example.names(self.model)
-        gm = trace(self.model, names)
-        if self.example is not None:
-            _check_faithful(self.model, gm, self.example)
-        return gm
+    def _symbolic(self) -> Captured:
+        gm = trace(self.model, None if self.example is None else self.example.names(self.model))
+        self._check_faithful(gm)
+        return gm, []
 
-    def _export(self) -> fx.GraphModule:
+    def _export(self) -> Captured:
+        """torch.export with every size dynamic; one sample is doubled first, so that the batch stays dynamic."""
         assert self.example is not None
-        return export(self.model, self.example, self.dynamic_shapes)
+        tries = [self.example] if self.dynamic_shapes is not None else [self.example.doubled(), self.example]
+        *first, last = [batch for batch in tries if batch is not None]
+        for batch in first:
+            with contextlib.suppress(Exception):
+                return self._export_on(batch)
+        return self._export_on(last)
 
-    def _worth_exporting(self, gm: fx.GraphModule) -> bool:
-        return any(max(p.dim() for p in m.parameters()) > 1 for _, m in hidden_weights(gm))
+    def _export_on(self, batch: Batch) -> Captured:
+        gm, notes = export(self.model, batch, self.dynamic_shapes)
+        self._check_faithful(gm)
+        return gm, notes
 
-
-def trace(model: nn.Module, inputs: list[str] | None = None) -> fx.GraphModule:
-    """Symbolic tracing with QuantTracer."""
-    gm = fx.GraphModule(model, QuantTracer(inputs).trace(model))
-    return _normalize(gm)
-
-
-def export(model: nn.Module, example: Batch, dynamic_shapes: Any = None) -> fx.GraphModule:
-    """torch.export with every size dynamic; an example with one sample is doubled so that the batch stays dynamic."""
-    tries = [example] if dynamic_shapes is not None else [b for b in (example.doubled(), example) if b is not None]
-    model = graph.isolate(model)  # some modules (LSTM) rebind their own attributes while they are exported
-    for i, batch in enumerate(tries):
-        shapes = dynamic_shapes if dynamic_shapes is not None else batch.dynamic_shapes(model)
+    def _expect(self) -> None:
+        """Notes what the model gives on the example, where it can be run."""
+        example = self.example
+        if example is None or any(t.is_meta for _, t in graph.named_tensors(self.model)):
+            return
         try:
-            with _quiet():
-                program = torch.export.export(model, batch.args, batch.kwargs, dynamic_shapes=shapes, strict=False)
-                gm = _normalize(program.module())
-        except Exception:
-            if i + 1 < len(tries):
-                continue
-            raise
-        break
-    _say_fixed_sizes(program, dynamic_shapes is None)
-    return gm
+            self.expected = _outputs(_running_twin(self.model), lambda m: m(*example.args, **example.kwargs))
+        except Exception as e:
+            raise CaptureError(explain_own_failure(self.model, example.label, e)) from e
+
+    def _check_faithful(self, gm: fx.GraphModule) -> None:
+        """Raises CaptureError if the graph computes something else than the model on the example."""
+        if self.expected is None or self.example is None:
+            return
+        actual = _outputs(_running_twin(gm), functools.partial(_interpret, values=self.example.bind(gm)))
+        if len(actual) != len(self.expected) or not all(map(_same, self.expected, actual)):
+            raise CaptureError(
+                "the traced graph computes something else than the model: Python control flow was frozen"
+            )
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps torch's own notes on a failing or unusual export off the screen: CaptureError tells what matters."""
-    loggers = [logging.getLogger(name) for name in ("torch.fx.experimental.symbolic_shapes", "torch.export")]
-    levels = [log.level for log in loggers]
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        for log in loggers:
-            log.setLevel(logging.CRITICAL)
-        try:
-            yield
-        finally:
-            for log, level in zip(loggers, levels, strict=True):
-                log.setLevel(level)
+def _interpret(gm: nn.Module, values: list[Any]) -> Any:
+    assert isinstance(gm, fx.GraphModule)
+    interpreter = fx.Interpreter(gm)
+    interpreter.extra_traceback = False
+    return interpreter.run(*values, enable_io_processing=False)
 
 
-def _say_fixed_sizes(program: torch.export.ExportedProgram, wanted: bool) -> None:
-    inputs = set(program.graph_signature.user_inputs)
-    fixed = [
-        f"{n.name}.shape[{i}] = {size}"
-        for n in program.graph.nodes
-        if n.op == "placeholder" and n.name in inputs and isinstance(n.meta.get("val"), Tensor)
-        for i, size in enumerate(n.meta["val"].shape)
-        if is_concrete_int(size)
-    ]
-    if wanted and fixed:
-        warnings.warn(f"capture: the model fixes {', '.join(fixed)}; other sizes will be refused", stacklevel=6)
+def _running_twin(model: nn.Module) -> nn.Module:
+    """A copy whose buffers may be written, where the model can be copied."""
+    try:
+        return graph.isolate(model)
+    except Exception:
+        return model
 
 
-def _normalize(gm: fx.GraphModule) -> fx.GraphModule:
-    """One get_attr node a tensor, in a clone without the tracer's leftovers, in eval mode."""
-    gm = graph.clone(gm).train(False)
-    first: dict[Any, fx.Node] = {}
-    for node in list(gm.graph.nodes):
-        tensor = graph.get_tensor(gm, node)
-        if tensor is None:
-            continue
-        twin = first.setdefault(_identity(tensor), node)
-        if twin is not node:
-            node.replace_all_uses_with(twin)
-            gm.graph.erase_node(node)
-    graph.drop_unused(gm)
-    gm.recompile()
-    return gm
+def _outputs(model: nn.Module, run: Callable[[nn.Module], Any]) -> list[Any]:
+    """The leaves of an output, under the random numbers that every run gets."""
+    state = torch.get_rng_state()
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return leaves(run(model))
+    finally:
+        torch.set_rng_state(state)
 
 
-def _identity(tensor: Tensor) -> Any:
-    if tensor.numel() == 0:
-        return id(tensor)
-    storage = tensor.untyped_storage()._cdata
-    return storage, tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype
+def _same(a: Any, b: Any) -> bool:
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        return type(a) is type(b) and (not isinstance(a, int | float | str) or a == b)
+    if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
+        return False
+    if not (a.is_floating_point() or a.is_complex()):
+        return torch.equal(a, b)
+    return torch.allclose(a, b, rtol=1e-3, atol=1e-5, equal_nan=True)
 
 
-def _open_modules(gm: fx.GraphModule) -> fx.GraphModule:
-    """Replaces each call of a weight module by what its forward does, and returns a normalized clone."""
-    gm = graph.clone(gm)
-    for node in list(gm.graph.nodes):
-        module = graph.get_attribute(gm, node.target) if node.op == "call_module" else None
-        if not isinstance(module, WEIGHT_MODULES) or type(module) not in WEIGHT_MODULES:
-            continue
-        inner = QuantTracer().trace(module)
-        bound = dict(zip(required_inputs(module), node.args, strict=False)) | node.kwargs
-        values = {n: bound[str(n.target)] for n in inner.nodes if n.op == "placeholder"}
-        last = node.prev
-        with gm.graph.inserting_before(node):
-            result = gm.graph.graph_copy(inner, values)  # type: ignore[arg-type]
-        while node.prev is not last:
-            last = last.next
-            _adopt(last, node, module)
-        node.replace_all_uses_with(result)  # type: ignore[arg-type]
-        gm.graph.erase_node(node)
-    return _normalize(gm)
-
-
-def _adopt(new: fx.Node, call: fx.Node, module: nn.Module | None) -> None:
-    path = str(call.target)
-    if new.op == "get_attr":
-        new.target = f"{path}.{new.target}"
-    stack = dict(call.meta.get("nn_module_stack") or {})
-    stack[path] = (path, type(module))
-    new.meta = {**call.meta, "nn_module_stack": stack}
+def _worth_exporting(gm: fx.GraphModule) -> bool:
+    return any(max(p.dim() for p in m.parameters()) > 1 for _, m in hidden_weights(gm))
 
 
 def _reachable(gm: fx.GraphModule) -> int:
@@ -234,27 +203,16 @@ def _reachable(gm: fx.GraphModule) -> int:
 
 
 def _check_eval(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        if module.training and (name == "" or any(True for _ in module.buffers()) or isinstance(module, _DROPOUTS)):
+    modules = dict(model.named_modules())
+    if isinstance(model, fx.GraphModule):  # in an exported graph the mode is an argument, and the flags mean nothing
+        exported = isinstance(model.graph._codegen, _PyTreeCodeGen)
+        called = [str(n.target) for n in model.graph.nodes if n.op == "call_module" and n.target != "_guards_fn"]
+        modules = {n: m for n, m in modules.items() if n in called or (n == "" and not exported)}
+        check_exported_mode(model)
+    for name, module in modules.items():
+        if module.training:
             where = f"its module {name!r}" if name else "it"
             raise CaptureError(
                 f"{type(model).__name__}: {where} is in training mode; quantization works on a model in eval mode: "
                 "call model.eval() first"
             )
-
-
-_DROPOUTS = (nn.modules.dropout._DropoutNd,)
-
-
-def _check_faithful(model: nn.Module, gm: fx.GraphModule, example: Batch) -> None:
-    """Raises CaptureError if the graph computes something else than the model on the example."""
-    with torch.no_grad():
-        expected = pytree.tree_leaves(graph.isolate(model)(*example.args, **example.kwargs))
-        actual = pytree.tree_leaves(graph.isolate(gm)(*example.bind(gm)))
-    same = len(expected) == len(actual) and all(
-        torch.allclose(a, b, rtol=1e-3, atol=1e-5, equal_nan=True)
-        for a, b in zip(expected, actual, strict=True)
-        if isinstance(a, Tensor) and isinstance(b, Tensor)
-    )
-    if not same:
-        raise CaptureError("the traced graph computes something else than the model: Python control flow was frozen")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -19,10 +20,11 @@ Prepare = Callable[[Any], Any]
 
 @dataclass(frozen=True)
 class Batch:
-    """The positional and keyword arguments of one call of the model."""
+    """The positional and keyword arguments of one call of the model; `number` is its place in the calibration data."""
 
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
+    number: int | None = None
 
     def names(self, model: nn.Module) -> list[str]:
         """The names of forward's parameters that this batch gives.
@@ -39,32 +41,57 @@ class Batch:
         return [*named, *extra]
 
     def bind(self, gm: fx.GraphModule) -> list[Any]:
-        """The values of gm's placeholders, in order, nested containers flattened where the graph wants it.
+        """The values of gm's placeholders, in order; nested containers flattened where the graph wants it.
 
         Raises:
             CalibrationError: the batch does not fit.
         """
         bound = self._bound(gm)
         bound.apply_defaults()
-        values = [v for n, v in bound.arguments.items() if n != "self"]
+        values = {n: v for n, v in bound.arguments.items() if n != "self"}
         codegen = gm.graph._codegen
-        if not isinstance(codegen, _PyTreeCodeGen):
-            return values
-        spec = codegen.pytree_info.in_spec
-        leaves = pytree.tree_leaves(values)
-        if spec is not None and len(leaves) != spec.num_leaves:
+        if not isinstance(codegen, _PyTreeCodeGen) or codegen.pytree_info.in_spec is None:
+            return list(values.values())
+        return self._flatten(values, codegen.pytree_info.in_spec, list(codegen.pytree_info.orig_args))
+
+    def _flatten(self, values: dict[str, Any], spec: pytree.TreeSpec, names: list[str]) -> list[Any]:
+        """The leaves in the order of an exported graph, whose dicts may have their keys in another order."""
+        args, kwargs = pytree.tree_unflatten([None] * spec.num_leaves, spec)
+        positional = tuple(values[n] for n in names[: len(args)])
+        try:
+            leaves = spec.flatten_up_to((positional, {n: values[n] for n in kwargs}))
+        except ValueError as e:
+            reason = str(e).partition("\n")[0]
+            raise CalibrationError(f"{self.label} does not have the example's structure: {reason}; {_REMEDY}") from e
+        nested = [v for v in leaves if isinstance(v, tuple | list | dict)]
+        if nested:
             raise CalibrationError(
-                f"a batch with {len(leaves)} tensors does not fit the captured graph, which takes {spec.num_leaves}: "
-                f"({', '.join(codegen.pytree_info.orig_args)}); {_REMEDY}"
+                f"{self.label} does not have the example's structure: a {type(nested[0]).__name__} stands where the "
+                f"example had a single value; {_REMEDY}"
             )
         return leaves
+
+    def check_fits(self, model: nn.Module) -> None:
+        """Raises CalibrationError unless forward takes these arguments; shows both signatures and a remedy."""
+        self._bound(model)
+
+    def in_order(self, model: nn.Module) -> Batch:
+        """The same batch with its keywords in the order of forward's parameters."""
+        order = {name: i for i, name in enumerate(inspect.signature(model.forward).parameters)}
+        return Batch(self.args, dict(sorted(self.kwargs.items(), key=lambda item: order.get(item[0], len(order)))))
 
     def _bound(self, model: nn.Module) -> inspect.BoundArguments:
         signature = inspect.signature(model.forward)
         try:
             return signature.bind(*self.args, **self.kwargs)
         except TypeError as e:
-            raise CalibrationError(f"a batch {self} does not fit forward{signature}: {e}; {_REMEDY}") from e
+            bare = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
+            raise CalibrationError(f"{self.label} does not fit forward{inspect.Signature(bare)}: {e}; {_REMEDY}") from e
+
+    @property
+    def label(self) -> str:
+        """How an error calls this batch: what it holds, and its place in the data."""
+        return f"a batch {self}" if self.number is None else f"batch {self.number} {self}"
 
     def samples(self) -> int:
         """The size of dim 0 of the first tensor (1 if there is none with dimensions)."""
@@ -77,9 +104,9 @@ class Batch:
 
     def doubled(self) -> Batch | None:
         """A batch of one sample repeated to two, since torch.export freezes a size of one; None when it has more."""
-        if any(t.dim() and t.shape[0] != 1 for t in self._tensors()) or not any(t.dim() for t in self._tensors()):
+        if self.samples() != 1 or not any(t.dim() for t in self._tensors()):
             return None
-        return self._map(lambda t: torch.cat([t, t]) if t.dim() else t)
+        return self._map(lambda t: torch.cat([t, t]) if t.dim() and t.shape[0] == 1 else t)
 
     def dynamic_shapes(self, model: nn.Module) -> dict[str, Any]:
         """Every dimension of every tensor as torch.export's Dim.AUTO."""
@@ -94,13 +121,10 @@ class Batch:
 
     def _map(self, f: Callable[[Tensor], Tensor]) -> Batch:
         args, kwargs = pytree.tree_map_only(Tensor, f, (self.args, self.kwargs))
-        return Batch(args, kwargs)
+        return Batch(args, kwargs, self.number)
 
     def __str__(self) -> str:
-        def show(v: Any) -> str:
-            return f"{str(v.dtype)[6:]}{list(v.shape)}" if isinstance(v, Tensor) else type(v).__name__
-
-        return "(" + ", ".join([*map(show, self.args), *(f"{k}={show(v)}" for k, v in self.kwargs.items())]) + ")"
+        return "(" + ", ".join([*map(_show, self.args), *(f"{k}={_show(v)}" for k, v in self.kwargs.items())]) + ")"
 
 
 _REMEDY = (
@@ -108,28 +132,62 @@ _REMEDY = (
 )
 
 
-def to_batch(value: Any, prepare_batch: Prepare | None = None) -> Batch:
+def _show(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype)[6:]}{list(value.shape)}"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{k}: {_show(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, tuple | list):
+        ends = "()" if isinstance(value, tuple) else "[]"
+        return ends[0] + ", ".join(map(_show, value)) + ends[1]
+    return type(value).__name__
+
+
+def leaves(value: Any) -> list[Any]:
+    """What a model's output holds, in order: pytree containers and plain dataclasses are looked into."""
+    found: list[Any] = []
+    for leaf in pytree.tree_leaves(value):
+        if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            found += leaves([getattr(leaf, f.name) for f in dataclasses.fields(leaf)])
+        else:
+            found.append(leaf)
+    return found
+
+
+def to_batch(value: Any, prepare_batch: Prepare | None = None, number: int | None = None) -> Batch:
     """A tensor is one positional argument, a tuple or list several, a mapping keyword arguments.
+
+    Raises:
+        CalibrationError: prepare_batch fails, or is no callable.
 
     >>> str(to_batch({"x": torch.zeros(2, 3)}))
     '(x=float32[2, 3])'
     """
     if prepare_batch is not None:
-        value = prepare_batch(value)
+        value = _prepared(value, prepare_batch, number)
     if isinstance(value, Batch):
         return value
     if isinstance(value, Mapping):
-        return Batch((), dict(value))
+        return Batch((), dict(value), number)
     if isinstance(value, tuple | list):
-        return Batch(tuple(value))
-    return Batch((value,))
+        return Batch(tuple(value), {}, number)
+    return Batch((value,), {}, number)
+
+
+def _prepared(value: Any, prepare_batch: Prepare, number: int | None) -> Any:
+    if not callable(prepare_batch):
+        raise CalibrationError(f"prepare_batch={prepare_batch!r} is no callable; write e.g. lambda b: b[0]")
+    try:
+        return prepare_batch(value)
+    except Exception as e:
+        raise CalibrationError(f"prepare_batch fails on batch {number} {_show(value)}: {type(e).__name__}: {e}") from e
 
 
 def collect(data: Iterable[Any], limit: int, prepare_batch: Prepare | None = None) -> tuple[list[Batch], int]:
     """The first `limit` samples of `data` as batches (the last one cut), and their number.
 
     Raises:
-        CalibrationError: `data` is a tensor or no iterable, or holds no sample.
+        CalibrationError: `data` is a tensor or no iterable, or holds no sample; prepare_batch fails.
     """
     if isinstance(data, Tensor | Mapping | str) or not isinstance(data, Iterable):
         raise CalibrationError(
@@ -137,8 +195,8 @@ def collect(data: Iterable[Any], limit: int, prepare_batch: Prepare | None = Non
         )
     batches: list[Batch] = []
     taken = 0
-    for value in data:
-        batch = to_batch(value, prepare_batch).first(limit - taken)
+    for number, value in enumerate(data):
+        batch = to_batch(value, prepare_batch, number).first(limit - taken)
         if batch.samples():
             batches.append(batch)
             taken += batch.samples()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -47,7 +48,9 @@ def isolate(module: nn.Module) -> nn.Module:
     if isinstance(module, fx.GraphModule):
         ours = (n for n in module.graph.nodes if is_ours(n.target))
         shared += [t for n in ours for a in n.all_input_nodes if (t := get_tensor(module, a)) is not None]
-    return copy.deepcopy(module, {id(t): t for t in shared})
+    with warnings.catch_warnings():  # torch copies the tree specs of an exported graph in a way that it deprecates
+        warnings.simplefilter("ignore", FutureWarning)
+        return copy.deepcopy(module, {id(t): t for t in shared})
 
 
 def named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -164,6 +167,17 @@ def _token(value: Any) -> Any:
         items: Iterable[Any] = value.items() if isinstance(value, dict) else value
         return (type(value).__name__, *(_token(v) for v in items))
     return id(value)
+
+
+def constant_nodes(gm: fx.GraphModule) -> dict[fx.Node, bool]:
+    """Which values do not depend on the batch: the weights, and what is computed from weights alone."""
+    constant: dict[fx.Node, bool] = {}
+    for node in gm.graph.nodes:
+        sources = node.all_input_nodes
+        constant[node] = node.op == "get_attr" or (
+            node.op != "placeholder" and bool(sources) and all(constant[a] for a in sources)
+        )
+    return constant
 
 
 def op_name(node: fx.Node) -> str:

@@ -17,9 +17,8 @@ import torch
 from torch import fx
 
 from mono_quant_fx.data import Batch
-from mono_quant_fx.errors import MonoQuantError
-from mono_quant_fx.graph import get_attribute
-from mono_quant_fx.run import node_error
+from mono_quant_fx.graph import constant_nodes
+from mono_quant_fx.run import execute
 
 Visit = Callable[[fx.Node, Any, Any, Any], None]
 
@@ -34,7 +33,7 @@ class Lockstep:
     def __init__(self, reference: fx.GraphModule, quantized: fx.GraphModule, local_at: set[str]):
         self.reference, self.quantized = reference, quantized
         self.twins = {n.name: n for n in reference.graph.nodes}
-        self.constant = _constants(quantized)
+        self.constant = constant_nodes(quantized)
         calls = [n for n in quantized.graph.nodes if n.op.startswith("call_")]
         self.local_at = {n for n in calls if n.name in local_at and n.name in self.twins}
         self._uses_reference, self._uses_quantized = self._count_uses()
@@ -88,7 +87,7 @@ class _Run:
             twin = plan.twins.get(node.name)
             if twin is not None and twin not in self.reference:
                 self._advance(twin)
-            value = self._execute(plan.quantized, node, self.accumulated.__getitem__, self.inputs[1])
+            value = execute(plan.quantized, node, self.accumulated.__getitem__, self.inputs[1], self.number)
             self.accumulated[node] = value
             if twin is not None:
                 local = self._local(node) if node in plan.local_at else None
@@ -100,7 +99,9 @@ class _Run:
 
     def _advance(self, until: fx.Node) -> None:
         for node in self.ahead:
-            self.reference[node] = self._execute(self.plan.reference, node, self.reference.__getitem__, self.inputs[0])
+            self.reference[node] = execute(
+                self.plan.reference, node, self.reference.__getitem__, self.inputs[0], self.number
+            )
             for source in node.all_input_nodes:
                 self._used(self.reference, self.left_reference, source)
             if node is until:
@@ -108,7 +109,7 @@ class _Run:
             self._release(self.reference, self.left_reference, node)
 
     def _local(self, node: fx.Node) -> Any:
-        value = self._execute(self.plan.quantized, node, self._local_value, iter(()))
+        value = execute(self.plan.quantized, node, self._local_value, iter(()), self.number)
         for from_reference, source in self.plan.local_inputs(node):
             if from_reference:
                 self._used(self.reference, self.left_reference, source)
@@ -122,7 +123,7 @@ class _Run:
         twin = self.plan.twins.get(source.name)
         if twin is not None:
             return self.reference[twin]
-        return self._execute(self.plan.quantized, source, self._local_value, iter(()))
+        return execute(self.plan.quantized, source, self._local_value, iter(()), self.number)
 
     def _used(self, values: dict[fx.Node, Any], left: Counter[fx.Node], node: fx.Node) -> None:
         left[node] -= 1
@@ -131,41 +132,3 @@ class _Run:
     def _release(self, values: dict[fx.Node, Any], left: Counter[fx.Node], node: fx.Node) -> None:
         if left[node] <= 0 and node.op != "output":
             values.pop(node, None)
-
-    def _execute(
-        self, gm: fx.GraphModule, node: fx.Node, value_of: Callable[[fx.Node], Any], inputs: Iterator[Any]
-    ) -> Any:
-        try:
-            return _execute(gm, node, value_of, inputs)
-        except (MonoQuantError, KeyError, StopIteration):
-            raise
-        except Exception as e:
-            raise node_error(node, [value_of(a) for a in node.all_input_nodes], self.number, e) from e
-
-
-def _execute(gm: fx.GraphModule, node: fx.Node, value_of: Callable[[fx.Node], Any], inputs: Iterator[Any]) -> Any:
-    if node.op == "placeholder":
-        return next(inputs)
-    if node.op == "get_attr":
-        return get_attribute(gm, str(node.target))
-    args = fx.map_arg(node.args, value_of)
-    kwargs = fx.map_arg(node.kwargs, value_of)
-    if node.op == "output":
-        return args[0]
-    if node.op == "call_module":
-        return get_attribute(gm, str(node.target))(*args, **kwargs)
-    if node.op == "call_method":
-        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-    assert callable(node.target)
-    return node.target(*args, **kwargs)
-
-
-def _constants(gm: fx.GraphModule) -> dict[fx.Node, bool]:
-    """Which values do not depend on the batch: the weights, and what is computed from weights alone."""
-    constant: dict[fx.Node, bool] = {}
-    for node in gm.graph.nodes:
-        sources = node.all_input_nodes
-        constant[node] = node.op == "get_attr" or (
-            node.op != "placeholder" and bool(sources) and all(constant[a] for a in sources)
-        )
-    return constant

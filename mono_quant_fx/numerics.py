@@ -68,7 +68,7 @@ def choose_qparams(weight: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor 
     (tensor([[0.2000]]), None)
     """
     qmin, qmax = code_range(scheme.bits)
-    parts = [torch.aminmax(part.float(), dim=-1) for part, _ in _groups(weight, scheme.group_size)]
+    parts = [torch.aminmax(part.float(), dim=-1) for part, _ in grouped(weight, scheme.group_size)]
     low = torch.cat([p.min for p in parts], 1).clamp(max=0.0)
     high = torch.cat([p.max for p in parts], 1).clamp(min=0.0)
     if not bool(torch.isfinite(high - low.double()).all()):
@@ -97,7 +97,7 @@ def quantize(weight: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: Q
     """
     qmin, qmax = code_range(scheme.bits)
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-    for (w, at), (q, _) in zip(_groups(weight, scheme.group_size), _groups(codes, scheme.group_size), strict=True):
+    for (w, at), (q, _) in zip(grouped(weight, scheme.group_size), grouped(codes, scheme.group_size), strict=True):
         scaled = torch.div(w, scale[:, at, None].float()).round_()
         if zero_point is not None:
             scaled += zero_point[:, at, None]
@@ -221,7 +221,7 @@ def _quantize_tile(tile: Tensor, scheme: QuantScheme) -> QuantizedWeight:
     return QuantizedWeight(pack_int4(codes) if scheme.bits == 4 else codes, scale, zero_point)
 
 
-def _groups(x: Tensor, group_size: int) -> Iterator[tuple[Tensor, slice]]:
+def grouped(x: Tensor, group_size: int) -> Iterator[tuple[Tensor, slice]]:
     """Views of [N, K] as [N, whole groups, group_size], then the ragged rest as [N, 1, rest]; with places in G."""
     columns = x.shape[1]
     size = columns if group_size == -1 else group_size
@@ -233,7 +233,7 @@ def _groups(x: Tensor, group_size: int) -> Iterator[tuple[Tensor, slice]]:
 
 
 def _scale_groups(weight: Tensor, scale: Tensor, zero_point: Tensor | None, group_size: int, offset: int) -> Tensor:
-    for w, at in _groups(weight, group_size):
+    for w, at in grouped(weight, group_size):
         w -= offset if zero_point is None else (zero_point[:, at, None] + offset)
         w *= scale[:, at, None]
     return weight

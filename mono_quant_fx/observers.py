@@ -1,128 +1,159 @@
-"""Observers: modules whose forward is the identity and which remember what they saw, as buffers."""
+"""The observers by name, and those that keep an average: of each batch's range, or of each channel's energy."""
 
 from __future__ import annotations
 
-import difflib
-from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mono_quant_fx.errors import ConfigError
-from mono_quant_fx.numerics import code_range
+from mono_quant_fx.histogram import HistogramObserver, PercentileObserver
+from mono_quant_fx.observer_base import MinMaxObserver, Observer, known_options, numbers, tiles
+
+__all__ = [
+    "HistogramObserver",
+    "InputEnergyObserver",
+    "MinMaxObserver",
+    "MovingAverageMinMaxObserver",
+    "Observer",
+    "PercentileObserver",
+    "create_observer",
+]
 
 
-class Observer(nn.Module, ABC):
-    """Base of the observers.
+class MovingAverageMinMaxObserver(MinMaxObserver):
+    """An exponential moving average of the batches' min and max; the first batch starts it.
 
-    Args:
-        axis: None observes the tensor as a whole, a dimension each channel along it.
+        min <- (1 - c) min + c min(batch)          c = averaging_constant
 
-    State is replaced, never written into, so that a copy that shares tensors stays independent.
+    It depends on how the data is split into batches: that is its purpose. merge(other) continues with the batches of
+    `other`, exactly (up to rounding), for which the first batch is kept: with n of them, decay d = (1 - c)^n,
+
+        merged = other + d (self - first batch of other)
+
+    >>> observer = MovingAverageMinMaxObserver(averaging_constant=0.5)
+    >>> _ = observer(torch.tensor([0.0, 1.0])), observer(torch.tensor([0.0, 3.0]))
+    >>> observer.statistics()["max"]
+    (2.0,)
     """
 
-    name: ClassVar[str]
+    name = "moving_average_minmax"
+    batches: Tensor
+    first_min: Tensor
+    first_max: Tensor
 
-    def __init__(self, axis: int | None = None):
-        super().__init__()
-        self.axis = axis
-        self.reset()
+    def __init__(self, axis: int | None = None, *, averaging_constant: float = 0.01):
+        super().__init__(axis)
+        if isinstance(averaging_constant, bool) or not isinstance(averaging_constant, int | float):
+            raise ConfigError(f"averaging_constant={averaging_constant!r}: a number in (0, 1] is needed")
+        if not 0 < averaging_constant <= 1:
+            raise ConfigError(
+                f"averaging_constant={averaging_constant!r}: it must lie in (0, 1]; 1 keeps the last batch"
+            )
+        self.averaging_constant = averaging_constant
 
-    @abstractmethod
     def reset(self) -> None:
         """Forgets everything."""
+        super().reset()
+        self.register_buffer("batches", torch.zeros_like(self.count))
+        self.register_buffer("first_min", self.min_val)
+        self.register_buffer("first_max", self.max_val)
 
-    @abstractmethod
-    def observe(self, x: Tensor) -> None:
-        """Takes in one tensor, detached."""
+    def observe(self, rows: Tensor) -> None:
+        """One step of the average, computed in float64."""
+        low, high = (self._one_or_each(v) for v in torch.aminmax(rows, dim=1))
+        if not bool(self.batches):
+            self.min_val = self.first_min = low
+            self.max_val = self.first_max = high
+        else:
+            c = self.averaging_constant
+            self.min_val = ((1 - c) * self.min_val.double() + c * low.double()).float()
+            self.max_val = ((1 - c) * self.max_val.double() + c * high.double()).float()
+        self.batches = self.batches + 1
 
-    @abstractmethod
-    def calculate_qparams(self, bits: int = 8, symmetric: bool = False) -> tuple[Tensor, Tensor]:
-        """(scale float32, zero_point int32) of what was seen; scalars, or one a channel."""
+    def merge_state(self, other: Any) -> None:
+        """Continues with the batches of `other`."""
+        decay = (1 - self.averaging_constant) ** int(other.batches)
+        self.min_val = (other.min_val + decay * (self.min_val.double() - other.first_min)).float()
+        self.max_val = (other.max_val + decay * (self.max_val.double() - other.first_max)).float()
+        self.batches = self.batches + other.batches
 
-    @abstractmethod
     def statistics(self) -> dict[str, tuple[float, ...]]:
-        """What was seen, as plain numbers."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Returns x itself."""
-        if x.numel():
-            self.observe(x.detach())
-        return x
+        """The averages of min and max, and the number of batches."""
+        return {**super().statistics(), "batches": numbers(self.batches)}
 
 
-class MinMaxObserver(Observer):
-    """The smallest and largest value ever seen, exact for any split of the data into batches.
+class InputEnergyObserver(Observer):
+    """E[x^2] of each input channel (the last dimension unless `axis` says otherwise): what clip search weighs by.
 
-    >>> observer = MinMaxObserver()
-    >>> _ = observer(torch.tensor([-1.0, 0.5])), observer(torch.tensor([1.55]))
-    >>> observer.calculate_qparams(bits=8)
-    (tensor(0.0100), tensor(-28, dtype=torch.int32))
+    Summed in float64: exact for any split into batches up to that rounding. It measures no range.
+
+    >>> observer = InputEnergyObserver()
+    >>> _ = observer(torch.tensor([[1.0, 2.0], [3.0, 0.0]]))
+    >>> observer.energy
+    tensor([5., 2.])
     """
 
-    name = "minmax"
-    min_val: Tensor
-    max_val: Tensor
+    name = "energy"
+    sum_of_squares: Tensor
+
+    def __init__(self, axis: int | None = -1):
+        super().__init__(axis)
 
     def reset(self) -> None:
-        """Forgets everything: the range is empty, [inf, -inf]."""
-        self.register_buffer("min_val", torch.tensor(float("inf")))
-        self.register_buffer("max_val", torch.tensor(float("-inf")))
+        """Forgets everything."""
+        super().reset()
+        self.register_buffer("sum_of_squares", self.count.new_zeros((), dtype=torch.float64))
 
-    def observe(self, x: Tensor) -> None:
-        """Widens the range."""
-        flat = x.float().reshape(-1) if self.axis is None else x.float().movedim(self.axis, 0).flatten(1)
-        low, high = torch.aminmax(flat, dim=-1)
-        self.min_val = torch.minimum(self.min_val.to(low.device), low)
-        self.max_val = torch.maximum(self.max_val.to(high.device), high)
+    def observe(self, rows: Tensor) -> None:
+        """Adds the squares."""
+        added = sum(tile.double().square().sum(1) for tile in tiles(rows))
+        self.sum_of_squares = self.sum_of_squares + self._one_or_each(torch.as_tensor(added))
 
-    def calculate_qparams(self, bits: int = 8, symmetric: bool = False) -> tuple[Tensor, Tensor]:
-        """Affine map of [min, max], widened to hold zero, onto the signed codes (arXiv 1712.05877, sec. 2.1).
+    def merge_state(self, other: Any) -> None:
+        """Adds the sums."""
+        self.sum_of_squares = self.sum_of_squares + other.sum_of_squares
+
+    @property
+    def energy(self) -> Tensor:
+        """E[x^2], float32; zero before any data."""
+        return (self.sum_of_squares / self.count.clamp(min=1)).float()
+
+    def value_range(self, bits: int = 8, symmetric: bool = False) -> tuple[Tensor, Tensor]:
+        """Not measured.
 
         Raises:
-            ConfigError: nothing was seen yet.
+            ConfigError: always.
         """
-        if bool((self.min_val > self.max_val).any()):
-            raise ConfigError("calculate_qparams: the observer has seen no data yet; run calibration first")
-        qmin, qmax = code_range(bits)
-        low, high = self.min_val.clamp(max=0.0), self.max_val.clamp(min=0.0)
-        tiny = torch.finfo(torch.float32).tiny
-        if symmetric:
-            scale = (torch.maximum(high, -low) / ((qmax - qmin) / 2)).clamp(min=tiny)
-            return scale, torch.zeros_like(scale, dtype=torch.int32)
-        scale = (high / (qmax - qmin) - low / (qmax - qmin)).clamp(min=tiny)
-        return scale, (qmin - torch.round(low / scale)).clamp(qmin, qmax).to(torch.int32)
+        raise ConfigError(
+            "calculate_qparams: an energy observer measures no range; use minmax or histogram for qparams"
+        )
 
     def statistics(self) -> dict[str, tuple[float, ...]]:
-        """min and max."""
-        return {"min": _numbers(self.min_val), "max": _numbers(self.max_val)}
-
-    def extra_repr(self) -> str:
-        """The range."""
-        return f"axis={self.axis}, min={self.min_val.tolist()}, max={self.max_val.tolist()}"
+        """energy."""
+        return {"energy": numbers(self.energy)}
 
 
-_OBSERVERS: dict[str, type[Observer]] = {MinMaxObserver.name: MinMaxObserver}
+_KINDS: tuple[type[Observer], ...] = (
+    MinMaxObserver, MovingAverageMinMaxObserver, HistogramObserver, PercentileObserver, InputEnergyObserver,
+)  # fmt: skip
 
 
 def create_observer(name: str = "minmax", **options: Any) -> Observer:
-    """An observer by name.
+    """An observer by name: minmax, moving_average_minmax, histogram, percentile, energy.
 
     Raises:
-        ConfigError: an unknown name (lists the known ones) or option.
+        ConfigError: an unknown name or option (lists the known ones), or a value that breaks a rule.
 
     >>> create_observer("minmax", axis=0)
     MinMaxObserver(axis=0, min=inf, max=-inf)
     """
-    if name not in _OBSERVERS:
-        near = difflib.get_close_matches(str(name), _OBSERVERS) or sorted(_OBSERVERS)
-        raise ConfigError(f"observer {name!r} is not known; known: {', '.join(near)}")
-    try:
-        return _OBSERVERS[name](**options)
-    except TypeError as e:
-        raise ConfigError(f"observer {name!r} does not take {options}: {e}") from e
-
-
-def _numbers(x: Tensor) -> tuple[float, ...]:
-    return tuple(float(v) for v in x.reshape(-1))
+    known = {kind.name: kind for kind in _KINDS}
+    if not isinstance(name, str) or name not in known:
+        raise ConfigError(f"observer {name!r} is not known; known: {', '.join(known)}")
+    takes = known_options(known[name])
+    for option in options:
+        if option not in takes:
+            raise ConfigError(f"observer {name!r} does not take {option!r}; it takes: {', '.join(takes)}")
+    return known[name](**options)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any
 
@@ -12,29 +14,55 @@ from torch import Tensor, fx
 
 from mono_quant_fx.data import Batch
 from mono_quant_fx.errors import CalibrationError, MonoQuantError
-from mono_quant_fx.graph import op_name
+from mono_quant_fx.graph import get_attribute, op_name
 
 
-class NodeInterpreter(fx.Interpreter):
-    """An interpreter whose errors say which node failed, on which shapes, for which batch."""
+def run_batch(gm: fx.GraphModule, batch: Batch, number: int = 0) -> Any:
+    """gm's output for a batch, without gradients.
 
-    def __init__(self, gm: fx.GraphModule, number: int = 0):
-        super().__init__(gm, garbage_collect_values=True)
-        self.extra_traceback = False
-        self.number = number
+    Raises:
+        CalibrationError: the batch does not fit, or a node fails on it; names both.
+    """
+    inputs, values = iter(batch.bind(gm)), dict[fx.Node, Any]()
+    left = Counter(a for n in gm.graph.nodes for a in n.all_input_nodes)
+    with torch.no_grad():
+        for node in gm.graph.nodes:
+            values[node] = execute(gm, node, values.__getitem__, inputs, number)
+            if node.op == "output":
+                return values[node]
+            for source in node.all_input_nodes:
+                left[source] -= 1
+            for done in [n for n in (node, *node.all_input_nodes) if left[n] <= 0]:
+                values.pop(done, None)
+    return None
 
-    def run_node(self, n: fx.Node) -> Any:
-        """Runs one node.
 
-        Raises:
-            CalibrationError: the node failed.
-        """
-        try:
-            return super().run_node(n)
-        except MonoQuantError:
-            raise
-        except Exception as e:
-            raise node_error(n, [self.env.get(a) for a in n.all_input_nodes], self.number, e) from e
+def execute(
+    gm: fx.GraphModule, node: fx.Node, value_of: Callable[[fx.Node], Any], inputs: Iterator[Any], number: int
+) -> Any:
+    """The value of one node, its arguments looked up by `value_of` and placeholders taken from `inputs`.
+
+    Raises:
+        CalibrationError: the node fails; names it, its arguments' shapes, and batch `number`.
+    """
+    if node.op == "placeholder":
+        return next(inputs)
+    if node.op == "get_attr":
+        return get_attribute(gm, str(node.target))
+    args, kwargs = fx.map_arg(node.args, value_of), fx.map_arg(node.kwargs, value_of)
+    try:
+        if node.op == "output":
+            return args[0]
+        if node.op == "call_module":
+            return get_attribute(gm, str(node.target))(*args, **kwargs)
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        assert callable(node.target)
+        return node.target(*args, **kwargs)
+    except MonoQuantError:
+        raise
+    except Exception as e:
+        raise node_error(node, [value_of(a) for a in node.all_input_nodes], number, e) from e
 
 
 def node_error(node: fx.Node, inputs: list[Any], number: int, cause: Exception) -> CalibrationError:
@@ -45,16 +73,6 @@ def node_error(node: fx.Node, inputs: list[Any], number: int, cause: Exception) 
         f"batch {number} fails at node {node.name!r} ({op_name(node)} of {shapes}): {type(cause).__name__}: {text}; "
         "does the batch have the shape and dtype of the example?"
     )
-
-
-def run_batch(gm: fx.GraphModule, batch: Batch, number: int = 0) -> Any:
-    """gm's output for a batch, without gradients.
-
-    Raises:
-        CalibrationError: the batch does not fit, or a node fails on it.
-    """
-    with torch.no_grad():
-        return NodeInterpreter(gm, number).run(*batch.bind(gm), enable_io_processing=False)
 
 
 class Progress:

@@ -11,13 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from mono_quant_fx import graph
 from mono_quant_fx.accuracy import measure_accuracy
 from mono_quant_fx.annotation import annotated, stored_weight
 from mono_quant_fx.config import QuantConfig
-from mono_quant_fx.data import Prepare, collect
+from mono_quant_fx.data import Prepare, collect, leaves
 from mono_quant_fx.errors import AccuracyError
 from mono_quant_fx.result import QuantizationResult
 from mono_quant_fx.table import AccuracyRow
@@ -158,7 +157,7 @@ def _load_errors(gm: fx.GraphModule, batches: list[Any] | None) -> list[str]:
 
 def _leaves(gm: nn.Module, batch: Any) -> list[Tensor]:
     with torch.no_grad():
-        return [v for v in pytree.tree_leaves(gm(*batch.args, **batch.kwargs)) if isinstance(v, Tensor)]
+        return [v for v in leaves(gm(*batch.args, **batch.kwargs)) if isinstance(v, Tensor)]
 
 
 def _range_errors(gm: fx.GraphModule) -> list[str]:

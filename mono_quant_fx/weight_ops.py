@@ -218,6 +218,11 @@ def is_transpose(node: fx.Node) -> bool:
     return {a % 2 for a in axes if isinstance(a, int)} == {0, 1} if axes else True  # type: ignore[union-attr]
 
 
+def is_assertion(node: fx.Node) -> bool:
+    """Whether a node only asserts a tensor's dtype and device, as torch.export notes them: no use of a weight."""
+    return node.target is aten._assert_tensor_metadata.default
+
+
 def argument(node: fx.Node, at: Arg) -> Any:
     """A call's argument by place or keyword."""
     return node.args[at[0]] if at[0] < len(node.args) else node.kwargs.get(at[1])
@@ -227,7 +232,7 @@ def _uses(source: fx.Node, node: fx.Node, tensor: Tensor, transposed: bool) -> I
     for user in node.users:
         if tensor.dim() == 2 and is_transpose(user):
             yield from _uses(source, user, tensor, not transposed)
-        elif user.op != "output":
+        elif user.op != "output" and not is_assertion(user):
             use = _classify(user, node, tensor, transposed)
             if use is not None:
                 yield use

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from mono_quant_fx import ops
+from mono_quant_fx import graph, ops
 from mono_quant_fx.pass_base import Pass
 from mono_quant_fx.weight_ops import Arg, argument, is_transpose, peel_transposes
 
@@ -66,6 +66,8 @@ def _fuse(node: fx.Node, rule: Linear, dequantize: fx.Node) -> None:
     x, bias = argument(node, rule.input), argument(node, rule.bias) if rule.bias else None
     if any(node.kwargs.get(k, 1) != 1 for k in ("alpha", "beta")) or not isinstance(x, fx.Node):
         return
+    if rule.transposed and bias is not None and not _is_row(bias, dequantize):
+        return
     node.op = "call_function"
     if dequantize.target is ops.dequantize_int4:
         packed, scale, zero_point, group_size, _ = dequantize.args
@@ -73,6 +75,13 @@ def _fuse(node: fx.Node, rule: Linear, dequantize: fx.Node) -> None:
     else:
         node.target, node.args = ops.int8_linear, (x, *dequantize.args, bias)
     node.kwargs = {}
+
+
+def _is_row(bias: fx.Node, dequantize: fx.Node) -> bool:
+    """Whether what addmm adds is a constant with one value an output channel; it may be any matrix that broadcasts."""
+    gm: Any = bias.graph.owning_module
+    value, packed = graph.get_tensor(gm, bias), graph.get_tensor(gm, dequantize.all_input_nodes[0])
+    return value is not None and packed is not None and value.shape == packed.shape[:1]
 
 
 def _erase_unused(gm: fx.GraphModule, node: fx.Node) -> None:

@@ -47,6 +47,10 @@ class Int4GroupwiseLowering(Pass):
 def _lower(gm: fx.GraphModule, node: fx.Node, annotation: QuantAnnotation) -> None:
     weight, scheme = graph.get_tensor(gm, node), annotation.scheme
     assert weight is not None and scheme is not None
+    if weight.is_meta:
+        raise WeightError(
+            f"int4-lowering: weight {annotation.weight!r} is on the meta device, without values; load them first"
+        )
     matrix = to_matrix(weight.detach(), annotation.layout, annotation.groups)
     try:
         stored = numerics.quantize_matrix(matrix, scheme)

@@ -1,6 +1,7 @@
 """Observers: identity forward, the same range for any split of the data, qparams that cover it."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -13,6 +14,9 @@ from mono_quant_fx.observers import Observer
 
 #: A range end may lie this much (relative) outside the reach of the codes: rounding of the scale.
 COVER_RTOL = 1e-6
+#: The energy is rounded to float32 at the end.
+ENERGY_RTOL = 1e-6
+KINDS = ["minmax", "moving_average_minmax", "histogram", "percentile", "energy"]
 law = settings(deadline=None, derandomize=True, max_examples=60)
 axes, seeds = st.sampled_from([None, 0, 1, -1]), st.integers(0, 2**31)
 
@@ -124,10 +128,99 @@ def test_a_copy_goes_its_own_way():
     assert shallow.statistics() == {"min": (-9.0,), "max": (2.0,)}
 
 
+def test_the_moving_average_of_the_batches_extremes():
+    batches = [torch.tensor(v) for v in ([-1.0, 2.0], [-3.0, 1.0], [0.5, 6.0])]
+    observer = mq.create_observer("moving_average_minmax", averaging_constant=0.25)
+    expected = []
+    for batch in batches:
+        observer(batch)
+        expected.append((observer.min_val.item(), observer.max_val.item()))
+    assert expected == [(-1.0, 2.0), (-1.5, 1.75), (-1.0, 2.8125)]
+    assert observer.statistics() == {"min": (-1.0,), "max": (2.8125,), "batches": (3.0,)}
+    assert observer.calculate_qparams(8)[0].item() == pytest.approx(3.8125 / 255)
+    last = mq.create_observer("moving_average_minmax", averaging_constant=1, axis=0)
+    for batch in batches:
+        last(batch)
+    assert last.statistics()["max"] == (0.5, 6.0)  # 1 keeps the last batch
+
+
+def test_a_moving_average_of_the_same_stays_the_same():
+    observer, x = mq.create_observer("moving_average_minmax"), torch.tensor([-0.1, 0.3])
+    for _ in range(100):
+        observer(x)
+    assert torch.equal(observer.min_val, x[0]) and torch.equal(observer.max_val, x[1])
+
+
+def test_the_energy_of_each_input_channel():
+    x = torch.randn(5, 7, 3)
+    observer = mq.create_observer("energy")
+    observer(x)
+    observer(2 * x)
+    expected = (5 * x.double().square().mean((0, 1)) / 2).float()
+    torch.testing.assert_close(observer.energy, expected, rtol=ENERGY_RTOL, atol=0)
+    assert observer.statistics() == {"energy": tuple(observer.energy.tolist())}
+    whole, conv = mq.create_observer("energy", axis=None), mq.create_observer("energy", axis=1)
+    assert whole(x) is conv(x) is x
+    assert whole.energy.item() == pytest.approx(x.square().mean().item(), rel=ENERGY_RTOL)
+    assert conv.energy.shape == (7,)
+
+
+def test_energy_does_not_overflow_and_gives_no_qparams():
+    observer = mq.create_observer("energy")
+    words = "^calculate_qparams: an energy observer measures no range; use minmax or histogram for qparams$"
+    with pytest.raises(mq.ConfigError, match=words):
+        observer.calculate_qparams()
+    assert observer.energy.item() == 0
+    for _ in range(3):
+        observer(torch.full((4, 2), 1e19))
+    assert observer.statistics() == {"energy": pytest.approx((1e38, 1e38), rel=ENERGY_RTOL)}
+    with pytest.raises(mq.ConfigError, match=words):
+        observer.calculate_qparams(4, symmetric=True)
+
+
 def test_create_observer_by_name():
     observer = mq.create_observer("minmax", axis=1)
     assert isinstance(observer, mq.MinMaxObserver) and isinstance(observer, Observer) and observer.axis == 1
     assert repr(mq.create_observer()) == "MinMaxObserver(axis=None, min=inf, max=-inf)"
-    for name in ("minmx", "MinMax", "", None):
-        with pytest.raises(mq.ConfigError, match=f"^observer {name!r} is not known; known: minmax$"):
-            mq.create_observer(name)
+    moving = mq.create_observer("moving_average_minmax", averaging_constant=0.5)
+    assert repr(moving) == "MovingAverageMinMaxObserver(axis=None, averaging_constant=0.5, min=inf, max=-inf)"
+    assert repr(mq.create_observer("energy")) == "InputEnergyObserver(axis=-1)"
+    for name in KINDS:
+        assert mq.create_observer(name).name == name
+
+
+@pytest.mark.parametrize("name", ["minmx", "MinMax", "", None, ["minmax"]])
+def test_an_unknown_observer_is_answered_with_the_known_ones(name):
+    known = "minmax, moving_average_minmax, histogram, percentile, energy"
+    with pytest.raises(mq.ConfigError, match=f"^observer {re.escape(repr(name))} is not known; known: {known}$"):
+        mq.create_observer(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("minmax", {"bins": 8}, r"^observer 'minmax' does not take 'bins'; it takes: axis$"),
+        ("percentile", {"bin": 8}, r"^observer 'percentile' does not take 'bin'; it takes: axis, percentile, bins$"),
+        ("minmax", {"axis": 0.5}, r"^axis=0.5: a dimension such as 0 or -1 is needed, or None for the whole tensor$"),
+        ("minmax", {"axis": True}, r"^axis=True: a dimension"),
+        (
+            "moving_average_minmax",
+            {"averaging_constant": 0},
+            r"^averaging_constant=0: it must lie in \(0, 1\]; 1 keeps",
+        ),
+        ("moving_average_minmax", {"averaging_constant": 1.1}, r"^averaging_constant=1.1: it must lie in"),
+        (
+            "moving_average_minmax",
+            {"averaging_constant": "1"},
+            r"^averaging_constant='1': a number in \(0, 1\] is needed$",
+        ),
+        ("moving_average_minmax", {"averaging_constant": float("nan")}, r"^averaging_constant=nan: it must lie in"),
+        ("histogram", {"bins": 1}, r"^bins=1: a whole number from 2 to 65536 is needed; 2048 is usual$"),
+        ("histogram", {"bins": 2.0}, r"^bins=2.0: a whole number"),
+        ("percentile", {"percentile": 0}, r"^percentile=0: a number in \(0, 100\] is needed; 99.99 is usual$"),
+        ("percentile", {"percentile": 100.1}, r"^percentile=100.1: a number"),
+    ],
+)
+def test_an_option_that_breaks_a_rule_is_answered_with_the_rule(name, options, words):
+    with pytest.raises(mq.ConfigError, match=words):
+        mq.create_observer(name, **options)

@@ -1,0 +1,92 @@
+"""torch.export: a graph of aten ops that sees through Python control flow, with every size dynamic."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
+
+from mono_quant_fx.data import Batch
+from mono_quant_fx.errors import CaptureError
+from mono_quant_fx.tracer import normalize, twin
+
+
+def export(model: nn.Module, batch: Batch, dynamic_shapes: Any = None) -> tuple[fx.GraphModule, list[str]]:
+    """torch.export on one batch, and a note on the sizes that the model fixes."""
+    model, batch = twin(model), batch.in_order(model)  # some modules (LSTM) rebind their attributes meanwhile
+    _spell_out_kwargs(model, batch)
+    shapes = batch.dynamic_shapes(model) if dynamic_shapes is None else dynamic_shapes
+    with _quiet():
+        program = torch.export.export(model, batch.args, batch.kwargs, dynamic_shapes=shapes, strict=False)
+        return normalize(program.module()), _fixed_sizes(program) if dynamic_shapes is None else []
+
+
+def _spell_out_kwargs(model: nn.Module, batch: Batch) -> None:
+    """Gives a forward(**kwargs) the batch's own keywords: torch.export makes no others dynamic."""
+    inner = model.forward
+    parameters = inspect.signature(inner).parameters.values()
+    kept = [p for p in parameters if p.kind is not p.VAR_KEYWORD]
+    extra = [n for n in batch.kwargs if n not in {p.name for p in kept}]
+    if not extra:
+        return
+
+    @functools.wraps(inner)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return inner(*args, **kwargs)
+
+    kept += [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in extra]
+    forward.__signature__ = inspect.Signature(kept)  # type: ignore[attr-defined]
+    model.forward = forward
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps torch's own notes on a failing or unusual export off the screen: CaptureError tells what matters."""
+    names = ("torch.fx.experimental.symbolic_shapes", "torch.export", "torch._export", "torch._subclasses.fake_tensor")
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [log.level for log in loggers]
+    silent = io.StringIO()
+    with warnings.catch_warnings(), contextlib.redirect_stdout(silent), contextlib.redirect_stderr(silent):
+        warnings.simplefilter("ignore")
+        for log in loggers:
+            log.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            for log, level in zip(loggers, levels, strict=True):
+                log.setLevel(level)
+
+
+def _fixed_sizes(program: torch.export.ExportedProgram) -> list[str]:
+    inputs = set(program.graph_signature.user_inputs)
+    fixed = [
+        f"{n.name}.shape[{i}] = {size}"
+        for n in program.graph.nodes
+        if n.op == "placeholder" and n.name in inputs and isinstance(n.meta.get("val"), Tensor)
+        for i, size in enumerate(n.meta["val"].shape)
+        if is_concrete_int(size)
+    ]
+    return [f"capture: the model fixes {', '.join(fixed)}; other sizes will be refused"] if fixed else []
+
+
+#: Where an exported op says that it is in training mode.
+_TRAINING = {torch.ops.aten.dropout.default: 2, torch.ops.aten.batch_norm.default: 5}
+
+
+def check_exported_mode(gm: fx.GraphModule) -> None:
+    """Raises CaptureError if a graph was exported from a model in training mode."""
+    for node in gm.graph.nodes:
+        if node.target in _TRAINING and node.args[_TRAINING[node.target]] is True:
+            raise CaptureError(
+                f"{type(gm).__name__}: {node.name} was exported in training mode; quantization works on a model in "
+                "eval mode: call model.eval() and export it again"
+            )
