@@ -22,10 +22,19 @@ from mono_quant_fx.errors import (
 from mono_quant_fx.metrics import max_abs_error, relative_error, sqnr_db
 from mono_quant_fx.modules import QuantizedLinearInt4
 from mono_quant_fx.numerics import QuantizedWeight, quantize_weight_int4
-from mono_quant_fx.observers import MinMaxObserver, create_observer
+from mono_quant_fx.observers import (
+    HistogramObserver,
+    InputEnergyObserver,
+    MinMaxObserver,
+    MovingAverageMinMaxObserver,
+    Observer,
+    PercentileObserver,
+    create_observer,
+)
 from mono_quant_fx.pass_base import Pass, PassResult, Pipeline
 from mono_quant_fx.printing import diff_graphs, format_graph
 from mono_quant_fx.result import QuantizationInfo, QuantizationResult
+from mono_quant_fx.select_observer import ExperimentalWarning, select_observer
 from mono_quant_fx.table import AccuracyRow, AccuracyTable
 from mono_quant_fx.validation import (
     AccuracyWarning,
@@ -45,13 +54,19 @@ __all__ = [
     "CalibrationError",
     "CaptureError",
     "ConfigError",
+    "ExperimentalWarning",
+    "HistogramObserver",
+    "InputEnergyObserver",
     "MinMaxObserver",
     "MonoQuantError",
+    "MovingAverageMinMaxObserver",
     "NothingQuantizedError",
+    "Observer",
     "Pass",
     "PassError",
     "PassResult",
     "PatternError",
+    "PercentileObserver",
     "Pipeline",
     "PostconditionError",
     "PreconditionError",
@@ -76,6 +91,7 @@ __all__ = [
     "quantize",
     "quantize_weight_int4",
     "relative_error",
+    "select_observer",
     "sqnr_db",
     "validate_quantization",
 ]

@@ -7,8 +7,8 @@ from torch import Tensor
 
 #: Divergences (nats) this close are equal, and the wider range wins: rounding must not clip anything.
 TIE = 1e-9
-#: Steps of candidates that are looked at together: below the size from which torch starts threads, whose waiting for
-#: one another takes longer than the work.
+#: Steps of candidates that are looked at together: below the size from which torch starts threads, which on a busy
+#: machine wait for one another longer than they work (gather, for the same reason, and not indexing).
 BLOCK = 1 << 15
 
 
@@ -69,7 +69,7 @@ class _Divergence:
         first, last = self.counts[lo], self.counts[hi - 1]
         edge = torch.arange(self.levels + 1)  # step l starts at bin ceil(l n / levels)
         edge = lo[:, None] - (-edge * (hi - lo)[:, None]).div(self.levels, rounding_mode="floor")
-        mass, filled = self.mass[edge].diff(), self.filled[edge].diff()
+        mass, filled = (t.gather(0, edge.flatten()).view_as(edge).diff() for t in (self.mass, self.filled))
         p_mass = mass.clone()
         for step, empty in ((0, (below > 0) & (first == 0)), (-1, (above > 0) & (last == 0))):
             mass[:, step] += empty

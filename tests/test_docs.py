@@ -28,6 +28,7 @@ PAGES = (
     "docs/capture.md",
     "docs/skipping.md",
     "docs/numerics.md",
+    "docs/observers.md",
     "docs/reading_the_table.md",
     "docs/writing_a_pass.md",
     "docs/glossary.md",
