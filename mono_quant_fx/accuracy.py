@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from mono_quant_fx import graph, numerics
-from mono_quant_fx.annotation import QuantAnnotation, annotated, stored_weight
+from mono_quant_fx.annotation import ObservedInput, QuantAnnotation, annotated, stored_weight
 from mono_quant_fx.config import check_thresholds
 from mono_quant_fx.data import Batch, Prepare, collect, leaves
 from mono_quant_fx.errors import CalibrationError, PreconditionError
@@ -94,7 +94,7 @@ def _measure(
 
     twins = graph.isolate(reference), graph.isolate(quantized)
     plan = Lockstep(twins[0], twins[1], local_at)  # type: ignore[arg-type]
-    with Progress("measuring accuracy", samples) as progress:
+    with Progress("measuring accuracy", samples, is_shown=samples > 50) as progress:
         for number, batch in enumerate(batches):
             plan.run(batch, number, visit)
             progress.advance(batch.samples())
@@ -118,13 +118,21 @@ def _weight_rows(reference: fx.GraphModule, quantized: fx.GraphModule) -> list[A
             if i:
                 shared = f"shares the weight of {annotation.users[0].node}"
                 reason = f"{shared}; {reason}" if reason else shared
-            rows.append(
-                AccuracyRow(
-                    user.node, user.op, user.module, annotation.weight, weight.scheme, reason, annotation.shape,
-                    0 if i else weight.before, 0 if i else weight.after, weight.sqnr_db,
-                )
+            seen = next((o for o in annotation.observed if o.source == user.input), None)
+            row = AccuracyRow(
+                user.node, user.op, user.module, annotation.weight, weight.scheme, reason, annotation.shape,
+                0 if i else weight.before, 0 if i else weight.after, weight.sqnr_db,
+                observer=seen.observer if seen else "", input_range=_range(seen), algorithm=annotation.algorithm,
+                gain_db=annotation.gain_db, int8_gain_db=annotation.int8_gain_db,
             )  # fmt: skip
+            rows.append(row)
     return rows
+
+
+def _range(seen: ObservedInput | None) -> tuple[float, float] | None:
+    if seen is None or not seen.statistics.get("min"):
+        return None
+    return min(seen.statistics["min"]), max(seen.statistics["max"])
 
 
 @dataclass(frozen=True)

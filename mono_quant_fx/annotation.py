@@ -49,6 +49,10 @@ class QuantAnnotation:
         layout, groups: how it is viewed as a matrix [N, K] (see weight_ops.Layout).
         users: the ops that consume it, in execution order.
         observed: what calibration saw on their inputs.
+        stored: the codes that calibration found, until lowering puts them into the graph.
+        algorithm: what rounded it: rtn, clip or gptq.
+        gain_db, int8_gain_db: on the calibration inputs, how much less output error than plain rounding gives, and how
+            much less INT8 would give; None without data.
         lowered: the codes have replaced it.
     """
 
@@ -61,6 +65,10 @@ class QuantAnnotation:
     groups: int = 1
     users: tuple[WeightUser, ...] = ()
     observed: tuple[ObservedInput, ...] = ()
+    stored: QuantizedWeight | None = field(default=None, repr=False, compare=False)
+    algorithm: str = ""
+    gain_db: float | None = None
+    int8_gain_db: float | None = None
     lowered: bool = False
 
     @property

@@ -15,6 +15,7 @@ from mono_quant_fx.annotation import annotated
 from mono_quant_fx.capture import capture
 from mono_quant_fx.config import QuantConfig
 from mono_quant_fx.data import Batch, Prepare, collect
+from mono_quant_fx.errors import ConfigError
 from mono_quant_fx.pass_base import Callback, Pass, Pipeline
 from mono_quant_fx.passes import (
     CalibrationExecution,
@@ -35,9 +36,18 @@ def default_pipeline(
 ) -> Pipeline:
     """The passes that quantize runs; without batches nothing is observed and rounding needs the weights only."""
     config = config or QuantConfig()
+    if batches is None and config.algorithm != "rtn":
+        raise ConfigError(f"algorithm={config.algorithm!r} needs calibration_data; without data there is 'rtn'")
     measure: tuple[Pass, ...] = ()
     if batches is not None:
-        measure = (ObserverInsertion(), CalibrationExecution(batches, config.num_calibration_samples))
+        calibration = CalibrationExecution(
+            batches,
+            config.num_calibration_samples,
+            algorithm=config.algorithm,
+            damping=config.damping,
+            activation_order=config.activation_order,
+        )
+        measure = (ObserverInsertion(), calibration)
     return Pipeline((SkipAnnotation(config), *measure, Int4GroupwiseLowering(), DequantFusion()), callback)
 
 

@@ -103,6 +103,10 @@ class QuantConfig:
         indivisible: what to do when group_size does not divide a row: the same four. "shrink" takes the largest
             power of two >= 16 that divides the row, and INT8 when there is none.
         num_calibration_samples: how many samples (along dim 0) of the calibration data are used.
+        algorithm: how weights are rounded: "rtn" (to nearest), "clip" (scales searched for the least energy-weighted
+            error) or "gptq" (arXiv 2210.17323); the latter two need calibration data.
+        damping: of GPTQ's Hessian, as a fraction of its mean diagonal.
+        activation_order: GPTQ rounds the columns of largest input energy first.
         accuracy_warning: "warn", "error" (raise AccuracyError on a critical finding) or "ignore".
         sqnr_warning_threshold: dB below which a node is reported.
         sqnr_error_threshold: dB below which a node is critical.
@@ -131,6 +135,9 @@ class QuantConfig:
     small_layer: str = "int8"
     indivisible: str = "shrink"
     num_calibration_samples: int = 150
+    algorithm: str = "rtn"
+    damping: float = 0.01
+    activation_order: bool = True
     accuracy_warning: str = "warn"
     sqnr_warning_threshold: float = 20.0
     sqnr_error_threshold: float = 10.0
@@ -148,6 +155,10 @@ class QuantConfig:
         for name in ("small_layer", "indivisible"):
             _choice(name, getattr(self, name), FALLBACKS)
         _choice("skipped_precision", self.skipped_precision, (None, "int8"))
+        _choice("algorithm", self.algorithm, ("rtn", "clip", "gptq"))
+        ok = isinstance(self.damping, int | float) and 0 < self.damping < math.inf
+        _require(ok, "damping", self.damping, "a finite number above 0 is needed")
+        _require(isinstance(self.activation_order, bool), "activation_order", self.activation_order, "True or False")
         _choice("accuracy_warning", self.accuracy_warning, ("warn", "error", "ignore"))
         _whole("skip_param_threshold", self.skip_param_threshold, 0)
         _whole("num_calibration_samples", self.num_calibration_samples, 1)

@@ -76,24 +76,25 @@ def node_error(node: fx.Node, inputs: list[Any], number: int, cause: Exception) 
 
 
 class Progress:
-    """A line on stderr with count and time left, for more than `quiet_below` samples on a terminal."""
+    """A line on stderr with count, time left and a note, when it is wanted and stderr is a terminal."""
 
-    def __init__(self, label: str, total: int, quiet_below: int = 50):
-        self.label, self.total, self.done = label, total, 0
-        self.shown = total > quiet_below and sys.stderr.isatty()
+    def __init__(self, label: str, total: int, unit: str = "samples", is_shown: bool = True):
+        self.label, self.total, self.unit, self.done = label, total, unit, 0
+        self.is_shown = is_shown and sys.stderr.isatty()
         self.start = time.monotonic()
 
-    def advance(self, count: int) -> None:
-        """Counts `count` more samples."""
+    def advance(self, count: int, note: str = "") -> None:
+        """Counts `count` more."""
         self.done += count
-        if self.shown:
+        if self.is_shown:
             left = (time.monotonic() - self.start) / self.done * (self.total - self.done)
-            sys.stderr.write(f"\r{self.label}: {self.done}/{self.total} samples, {left:.0f} s left ")
+            line = f"{self.label}: {self.done}/{self.total} {self.unit}, {left:.0f} s left {note}"
+            sys.stderr.write(f"\r{line[:110]:<110}")
             sys.stderr.flush()
 
     def __enter__(self) -> Progress:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
-        if self.shown:
+        if self.is_shown:
             sys.stderr.write("\n")

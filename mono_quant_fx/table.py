@@ -31,6 +31,10 @@ class AccuracyRow:
         local_sqnr_db: of the node's output with this node alone quantized, on float inputs.
         accumulated_sqnr_db, max_abs_error: of the node's output in the quantized graph.
         status: "critical", "warning", "ok", "good", or "float".
+        observer, input_range: what watched the node's input during calibration, and the [min, max] it saw.
+        algorithm: what rounded the weight.
+        gain_db: on the calibration inputs, how many dB less output error than rounding to nearest gives.
+        int8_gain_db: how many dB less still INT8 per channel would give.
     """
 
     node: str
@@ -47,6 +51,11 @@ class AccuracyRow:
     accumulated_sqnr_db: float | None = None
     max_abs_error: float | None = None
     status: str = "float"
+    observer: str = ""
+    input_range: tuple[float, float] | None = None
+    algorithm: str = ""
+    gain_db: float | None = None
+    int8_gain_db: float | None = None
 
     @property
     def judged_db(self) -> float | None:
@@ -115,27 +124,53 @@ class AccuracyTable:
 
     def _render(self, style: str) -> str:
         cells = [_cells(row) for row in self.rows]
-        cells.append(["total", "", "model output", "", "", "", _kib(self.bytes_before), _kib(self.bytes_after), "", "",
-                      _db(self.output_sqnr_db), "", ""])  # fmt: skip
-        align = ["left"] * 6 + ["right"] * 6 + ["left"]
-        return tabulate(cells, HEADERS, tablefmt=style, colalign=align, disable_numparse=True)
+        total = {"node": "total", "module": "model output", "acc dB": _db(self.output_sqnr_db)}
+        cells.append(total | {"KiB": _kib(self.bytes_before), "KiB after": _kib(self.bytes_after)})
+        return _tabulate(cells, style)
 
 
-HEADERS = ("node", "op", "module", "scheme", "reason", "weight", "KiB", "KiB after", "weight dB", "local dB", "acc dB",
-           "max err", "status")  # fmt: skip
+#: Column -> alignment. CALIBRATED is shown when calibration has rounded the weights.
+COLUMNS = {
+    "node": "left", "op": "left", "module": "left", "scheme": "left", "reason": "left", "weight": "left",
+    "KiB": "right", "KiB after": "right", "weight dB": "right", "local dB": "right", "acc dB": "right",
+    "max err": "right", "status": "left",
+}  # fmt: skip
+CALIBRATED = {"input range": "left", "observer": "left", "algorithm": "left", "gain dB": "right", "int8 dB": "right"}
 
 
 def format_rows(rows: Iterable[AccuracyRow]) -> str:
     """Some rows of a table, without totals."""
-    return tabulate([_cells(row) for row in rows], HEADERS, disable_numparse=True)
+    return _tabulate([_cells(row) for row in rows], "simple")
 
 
-def _cells(row: AccuracyRow) -> list[str]:
-    return [
-        row.node, row.op, row.module, row.scheme, row.reason, "x".join(map(str, row.shape)),
-        _kib(row.bytes_before), _kib(row.bytes_after), _db(row.weight_sqnr_db), _db(row.local_sqnr_db),
-        _db(row.accumulated_sqnr_db), "" if row.max_abs_error is None else f"{row.max_abs_error:.2g}", row.status,
-    ]  # fmt: skip
+def _tabulate(cells: list[dict[str, str]], style: str) -> str:
+    columns = COLUMNS | {k: v for k, v in CALIBRATED.items() if any(c.get("gain dB") for c in cells)}
+    body = [[c.get(name, "") for name in columns] for c in cells]
+    return tabulate(body, tuple(columns), tablefmt=style, colalign=tuple(columns.values()), disable_numparse=True)
+
+
+def _cells(row: AccuracyRow) -> dict[str, str]:
+    low, high = row.input_range or (0.0, 0.0)
+    return {
+        "node": row.node,
+        "op": row.op,
+        "module": row.module,
+        "scheme": row.scheme,
+        "reason": row.reason,
+        "weight": "x".join(map(str, row.shape)),
+        "KiB": _kib(row.bytes_before),
+        "KiB after": _kib(row.bytes_after),
+        "weight dB": _db(row.weight_sqnr_db),
+        "local dB": _db(row.local_sqnr_db),
+        "acc dB": _db(row.accumulated_sqnr_db),
+        "max err": "" if row.max_abs_error is None else f"{row.max_abs_error:.2g}",
+        "status": row.status,
+        "input range": f"{low:.3g} .. {high:.3g}" if row.input_range else "",
+        "observer": row.observer,
+        "algorithm": row.algorithm if row.observer else "",
+        "gain dB": _db(row.gain_db),
+        "int8 dB": _db(row.int8_gain_db),
+    }
 
 
 def _kib(count: int) -> str:

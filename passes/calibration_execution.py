@@ -6,27 +6,38 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
-from torch import fx
+from torch import Tensor, fx
 
 from mono_quant_fx import graph
-from mono_quant_fx.annotation import ObservedInput, annotated, pending, set_annotation
-from mono_quant_fx.data import Prepare, collect
+from mono_quant_fx.annotation import ObservedInput, QuantAnnotation, annotated, pending, set_annotation
+from mono_quant_fx.data import Batch, Prepare, collect
+from mono_quant_fx.errors import WeightError
 from mono_quant_fx.observers import Observer
 from mono_quant_fx.pass_base import Pass
+from mono_quant_fx.rounding import Rounded, RoundingOptions, round_weight
 from mono_quant_fx.run import Progress, run_batch
+from mono_quant_fx.sequential import SequentialWalk
+from mono_quant_fx.weight_ops import to_matrix
 
 
 @dataclass(frozen=True)
 class CalibrationExecution(Pass):
     """Feeds the first `num_calibration_samples` of `batches` through the graph, without gradients.
 
+    With algorithm "clip" or "gptq" it also rounds each weight on the way (see sequential.py): what comes after a weight
+    sees the rounded one. Nothing is replaced here; codes and statistics go to the annotations.
+
     Raises:
         CalibrationError: no data, a batch that does not fit, or an op that fails; names the node and the batch.
+        WeightError: a weight that cannot be rounded; names it.
     """
 
     batches: Iterable[Any] = field(repr=False)
     num_calibration_samples: int = 150
     prepare_batch: Prepare | None = field(default=None, repr=False)
+    algorithm: str = "rtn"
+    damping: float = 0.01
+    activation_order: bool = False
     name: ClassVar[str] = "calibration"
 
     def requires(self, gm: fx.GraphModule) -> str | None:
@@ -47,22 +58,52 @@ class CalibrationExecution(Pass):
         assert isinstance(twin, fx.GraphModule)
         for call in calls:
             graph.get_attribute(twin, str(call.target)).reset()
-        with Progress("calibrating", samples) as progress:
-            for number, batch in enumerate(batches):
-                run_batch(twin, batch, number)
-                progress.advance(batch.samples())
+        rounded = self._walk(twin, batches, samples) if self.algorithm != "rtn" else _run(twin, batches, samples)
         for node, annotation in list(pending(gm)):
             inputs = {use.input for use in annotation.users}
             seen = [_observed(twin, call) for call in calls if call.all_input_nodes[0].name in inputs]
-            set_annotation(node, replace(annotation, observed=tuple(seen)))
+            found = rounded.get(annotation.weight, Rounded(None, "rtn"))
+            annotation = replace(annotation, observed=tuple(seen), stored=found.stored, algorithm=found.algorithm)
+            set_annotation(node, replace(annotation, gain_db=found.gain_db, int8_gain_db=found.int8_gain_db))
         for call in calls:
             call.replace_all_uses_with(call.all_input_nodes[0])
             gm.graph.erase_node(call)
+
+    def _walk(self, gm: fx.GraphModule, batches: list[Batch], samples: int) -> dict[str, Rounded]:
+        options = RoundingOptions(self.algorithm, self.damping, self.activation_order)
+        total = sum(1 for _ in pending(gm))
+        rounded: dict[str, Rounded] = {}
+        with Progress("calibrating", total, "weights", is_shown=samples > 50) as progress:
+
+            def round_one(node: fx.Node, annotation: QuantAnnotation, hessian: Tensor | None) -> Rounded:
+                weight = graph.get_tensor(gm, node)
+                assert weight is not None and annotation.scheme is not None
+                matrix = to_matrix(weight.detach(), annotation.layout, annotation.groups).contiguous()
+                try:
+                    found = round_weight(matrix, annotation.scheme, hessian, options)
+                except WeightError as e:
+                    raise WeightError(f"calibration: weight {annotation.weight!r} cannot be quantized: {e}") from e
+                rounded[annotation.weight] = found
+                sqnr = "" if found.sqnr_db is None else f", {found.sqnr_db:.1f} dB"
+                progress.advance(1, f"{annotation.users[0].node}{sqnr}")
+                return found
+
+            SequentialWalk(gm, batches, round_one).run()
+        return rounded
 
     def ensures(self, gm: fx.GraphModule) -> str | None:
         """No observer is left."""
         left = _observers(gm)
         return f"{left[0].name} is still an observer" if left else None
+
+
+def _run(gm: fx.GraphModule, batches: list[Batch], samples: int) -> dict[str, Rounded]:
+    """Only observes: rounding to nearest needs no inputs, so nothing has to be held from node to node."""
+    with Progress("calibrating", samples, is_shown=samples > 50) as progress:
+        for number, batch in enumerate(batches):
+            run_batch(gm, batch, number)
+            progress.advance(batch.samples())
+    return {}
 
 
 def _observers(gm: fx.GraphModule) -> list[fx.Node]:

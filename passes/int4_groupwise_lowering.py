@@ -11,12 +11,14 @@ from mono_quant_fx import graph, numerics, ops
 from mono_quant_fx.annotation import QuantAnnotation, annotated, drop_annotation, pending, set_annotation
 from mono_quant_fx.errors import WeightError
 from mono_quant_fx.pass_base import Pass
-from mono_quant_fx.weight_ops import from_matrix, to_matrix
+from mono_quant_fx.weight_ops import from_matrix, matrix_shape, to_matrix
 
 
 @dataclass(frozen=True)
 class Int4GroupwiseLowering(Pass):
-    """Rounds to nearest and obeys: every decision is on the annotation (INT8 schemes are lowered here as well).
+    """Obeys: scheme and, after calibration, codes are on the annotation; without codes it rounds to nearest.
+
+    INT8 schemes are lowered here as well.
 
     The float weight leaves the graph and the state_dict, and what stays float no longer requires gradients.
 
@@ -51,11 +53,8 @@ def _lower(gm: fx.GraphModule, node: fx.Node, annotation: QuantAnnotation) -> No
         raise WeightError(
             f"int4-lowering: weight {annotation.weight!r} is on the meta device, without values; load them first"
         )
-    matrix = to_matrix(weight.detach(), annotation.layout, annotation.groups)
-    try:
-        stored = numerics.quantize_matrix(matrix, scheme)
-    except WeightError as e:
-        raise WeightError(f"int4-lowering: weight {annotation.weight!r} cannot be quantized: {e}") from e
+    columns = matrix_shape(annotation.shape, annotation.layout, annotation.groups)[1]
+    stored = annotation.stored or _round_to_nearest(weight, annotation)
     used_by = list(node.users)
     with gm.graph.inserting_before(node):
         packed, scale, zero_point = (
@@ -64,7 +63,7 @@ def _lower(gm: fx.GraphModule, node: fx.Node, annotation: QuantAnnotation) -> No
         )
         assert packed is not None
         if scheme.bits == 4:
-            value = _call(gm, node, ops.dequantize_int4, packed, scale, zero_point, scheme.group_size, matrix.shape[1])
+            value = _call(gm, node, ops.dequantize_int4, packed, scale, zero_point, scheme.group_size, columns)
         else:
             value = _call(gm, node, ops.dequantize_int8, packed, scale, zero_point)
         value = from_matrix(
@@ -77,7 +76,17 @@ def _lower(gm: fx.GraphModule, node: fx.Node, annotation: QuantAnnotation) -> No
     for user in used_by:
         user.replace_input_with(node, value)
     gm.graph.erase_node(node)
-    set_annotation(packed, replace(annotation, lowered=True))
+    algorithm = annotation.algorithm or "rtn"
+    set_annotation(packed, replace(annotation, stored=None, algorithm=algorithm, lowered=True))
+
+
+def _round_to_nearest(weight: Tensor, annotation: QuantAnnotation) -> numerics.QuantizedWeight:
+    assert annotation.scheme is not None
+    matrix = to_matrix(weight.detach(), annotation.layout, annotation.groups)
+    try:
+        return numerics.quantize_matrix(matrix, annotation.scheme)
+    except WeightError as e:
+        raise WeightError(f"int4-lowering: weight {annotation.weight!r} cannot be quantized: {e}") from e
 
 
 def _constant(gm: fx.GraphModule, name: str, tensor: Tensor, like: fx.Node) -> fx.Node:

@@ -1,0 +1,100 @@
+"""From a float matrix and what is known of its inputs to stored codes, by one of three algorithms.
+
+rtn    round to nearest with the scales that the extremes give; needs no data
+clip   scales of least energy-weighted error (clip.py), then round to nearest
+gptq   the same search inside GPTQ's error compensation (gptq.py)
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mono_quant_fx import numerics
+from mono_quant_fx.clip import search_qparams
+from mono_quant_fx.config import INT8, QuantScheme
+from mono_quant_fx.gptq import gptq
+
+ALGORITHMS = ("rtn", "clip", "gptq")
+
+
+@dataclass(frozen=True)
+class RoundingOptions:
+    """The algorithm and GPTQ's options (see gptq.gptq)."""
+
+    algorithm: str = "rtn"
+    damping: float = 0.01
+    activation_order: bool = False
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A stored weight, the algorithm that made it, and two figures on the calibration inputs (None without any).
+
+    Attributes:
+        gain_db: how much less output error than plain rounding to the same scheme.
+        int8_gain_db: how much less output error INT8 per channel would have had.
+        sqnr_db: of the op's output without its bias.
+    """
+
+    stored: numerics.QuantizedWeight | None
+    algorithm: str
+    gain_db: float | None = None
+    int8_gain_db: float | None = None
+    sqnr_db: float | None = None
+
+
+def round_weight(matrix: Tensor, scheme: QuantScheme, H: Tensor | None, options: RoundingOptions) -> Rounded:
+    """Rounds a float matrix [N, K] to `scheme`.
+
+    Args:
+        H: Hessian [groups, K, K] of its inputs (rows of the matrix belong to the groups in turn); None: no data, and
+            then every algorithm is plain rounding. INT8 is rounded plainly as well: there is nothing to win.
+
+    Raises:
+        WeightError: NaN or infinity in the matrix, or no usable Hessian.
+    """
+    plain = numerics.quantize_matrix(matrix, scheme)
+    if H is None or not bool(H.any()):
+        return Rounded(plain, "rtn")
+    stored, algorithm = plain, "rtn"
+    if options.algorithm != "rtn" and scheme.bits == 4:
+        parts = [_round_group(m, h, scheme, options) for m, h in zip(matrix.chunk(H.shape[0]), H, strict=True)]
+        packed, scale, zero_point = zip(*parts, strict=True)
+        zero = None if scheme.symmetric else torch.cat(zero_point)
+        stored, algorithm = numerics.QuantizedWeight(torch.cat(packed), torch.cat(scale), zero), options.algorithm
+    noise = _noise(matrix, stored, scheme.group_size, H)
+    int8 = noise if scheme.bits == 8 else _noise(matrix, numerics.quantize_matrix(matrix, INT8), -1, H)
+    rounded = noise if algorithm == "rtn" else _noise(matrix, plain, scheme.group_size, H)
+    signal = float(_energy(matrix, H))
+    return Rounded(stored, algorithm, _ratio_db(rounded, noise), _ratio_db(noise, int8), _ratio_db(signal, noise))
+
+
+def _round_group(matrix: Tensor, H: Tensor, scheme: QuantScheme, options: RoundingOptions) -> numerics.QuantizedWeight:
+    if options.algorithm == "gptq":
+        codes, scale, zero_point = gptq(
+            matrix, H, scheme, damping=options.damping, activation_order=options.activation_order
+        )
+    else:
+        scale, zero_point = search_qparams(matrix, scheme, H.diagonal())
+        codes = numerics.quantize(matrix, scale, zero_point, scheme)
+    return numerics.QuantizedWeight(numerics.pack_int4(codes), scale, zero_point)
+
+
+def _noise(matrix: Tensor, stored: numerics.QuantizedWeight, group_size: int, H: Tensor) -> float:
+    return float(_energy(matrix - numerics.dequantize_weight(stored, group_size, matrix.shape[1]), H))
+
+
+def _energy(rows: Tensor, H: Tensor) -> Tensor:
+    """sum of r H r^T over the rows of [N, K]: the energy of the output that these rows give."""
+    parts = zip(rows.float().chunk(H.shape[0]), H, strict=True)
+    return sum(((part @ h * part).sum() for part, h in parts), torch.zeros(()))
+
+
+def _ratio_db(a: float, b: float) -> float:
+    if b <= 0.0:
+        return math.inf if a > 0.0 else 0.0
+    return 10.0 * math.log10(a / b) if a > 0.0 else -math.inf
