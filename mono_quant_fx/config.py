@@ -156,7 +156,9 @@ class QuantConfig:
             _choice(name, getattr(self, name), FALLBACKS)
         _choice("skipped_precision", self.skipped_precision, (None, "int8"))
         _choice("algorithm", self.algorithm, ("rtn", "clip", "gptq"))
-        ok = isinstance(self.damping, int | float) and 0 < self.damping < math.inf
+        ok = (
+            isinstance(self.damping, int | float) and not isinstance(self.damping, bool) and 0 < self.damping < math.inf
+        )
         _require(ok, "damping", self.damping, "a finite number above 0 is needed")
         _require(isinstance(self.activation_order, bool), "activation_order", self.activation_order, "True or False")
         _choice("accuracy_warning", self.accuracy_warning, ("warn", "error", "ignore"))
