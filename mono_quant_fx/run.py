@@ -59,6 +59,9 @@ def execute(
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         assert callable(node.target)
         return node.target(*args, **kwargs)
+    except CalibrationError as e:  # an observer's, which knows neither node nor batch
+        source = node.all_input_nodes[0].name if node.all_input_nodes else node.name
+        raise CalibrationError(f"batch {number}: the output of node {source!r}: {e}") from e
     except MonoQuantError:
         raise
     except Exception as e:

@@ -95,3 +95,11 @@ def test_out_of_order_passes_name_the_remedy():
         mq.passes.ObserverInsertion()(gm)
     with pytest.raises(mq.PreconditionError, match="calibration: the graph has no observers; run observer-insertion"):
         mq.passes.CalibrationExecution([torch.randn(1, 64)])(annotate(MLP()))
+
+
+def test_nan_in_an_activation_names_the_node_and_the_batch():
+    data = [torch.randn(2, 64), torch.full((2, 64), float("nan"))]
+    with pytest.raises(
+        mq.CalibrationError, match=r"^batch 1: the output of node 'x': observer saw NaN or infinity: 128"
+    ):
+        mq.passes.CalibrationExecution(data)(observe(MLP()))
