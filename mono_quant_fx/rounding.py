@@ -16,6 +16,7 @@ from torch import Tensor
 from mono_quant_fx import numerics
 from mono_quant_fx.clip import search_qparams
 from mono_quant_fx.config import INT8, QuantScheme
+from mono_quant_fx.errors import ConfigError
 from mono_quant_fx.gptq import gptq
 
 ALGORITHMS = ("rtn", "clip", "gptq")
@@ -23,11 +24,19 @@ ALGORITHMS = ("rtn", "clip", "gptq")
 
 @dataclass(frozen=True)
 class RoundingOptions:
-    """The algorithm and GPTQ's options (see gptq.gptq)."""
+    """The algorithm and GPTQ's options (see gptq.gptq).
+
+    Raises:
+        ConfigError: an unknown algorithm.
+    """
 
     algorithm: str = "rtn"
     damping: float = 0.01
     activation_order: bool = False
+
+    def __post_init__(self) -> None:
+        if self.algorithm not in ALGORITHMS:
+            raise ConfigError(f"algorithm={self.algorithm!r}: one of {', '.join(ALGORITHMS)} is needed")
 
 
 @dataclass(frozen=True)
