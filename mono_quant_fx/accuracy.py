@@ -119,9 +119,12 @@ def _weight_rows(reference: fx.GraphModule, quantized: fx.GraphModule) -> list[A
                 shared = f"shares the weight of {annotation.users[0].node}"
                 reason = f"{shared}; {reason}" if reason else shared
             seen = next((o for o in annotation.observed if o.source == user.input), None)
+            if seen is not None and seen.reason:
+                reason = "; ".join(filter(None, (reason, f"observer {seen.observer}: {seen.reason}")))
             row = AccuracyRow(
                 user.node, user.op, user.module, annotation.weight, weight.scheme, reason, annotation.shape,
                 0 if i else weight.before, 0 if i else weight.after, weight.sqnr_db,
+                activations=annotation.activations if seen is not None and seen.scale is not None else "",
                 observer=seen.observer if seen else "", input_range=_range(seen), algorithm=annotation.algorithm,
                 gain_db=annotation.gain_db, int8_gain_db=annotation.int8_gain_db,
             )  # fmt: skip

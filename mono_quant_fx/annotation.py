@@ -30,11 +30,21 @@ class WeightUser:
 
 @dataclass(frozen=True)
 class ObservedInput:
-    """What an observer saw on the input of one consumer."""
+    """What an observer saw on the input of one consumer, and the qparams that follow if that input becomes INT8.
+
+    Attributes:
+        source: the node observed.
+        observer, reason: which observer, and why if it chose itself.
+        statistics: as plain numbers.
+        scale, zero_point: None while the activation stays float.
+    """
 
     source: str
     observer: str
     statistics: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    reason: str = ""
+    scale: float | None = None
+    zero_point: int | None = None
 
 
 @dataclass(frozen=True)
@@ -48,6 +58,7 @@ class QuantAnnotation:
         shape, dtype: of the float weight, as the model has it.
         layout, groups: how it is viewed as a matrix [N, K] (see weight_ops.Layout).
         users: the ops that consume it, in execution order.
+        activations: what becomes of their inputs: "" (they stay float), "int8 asym" or "int8 sym".
         observed: what calibration saw on their inputs.
         stored: the codes that calibration found, until lowering puts them into the graph.
         algorithm: what rounded it: rtn, clip or gptq.
@@ -64,6 +75,7 @@ class QuantAnnotation:
     layout: str = "rows"
     groups: int = 1
     users: tuple[WeightUser, ...] = ()
+    activations: str = ""
     observed: tuple[ObservedInput, ...] = ()
     stored: QuantizedWeight | None = field(default=None, repr=False, compare=False)
     algorithm: str = ""
@@ -99,6 +111,17 @@ def annotated(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, QuantAnnotation]]:
         annotation = get_annotation(node)
         if annotation is not None:
             yield node, annotation
+
+
+def plain_inputs(annotation: QuantAnnotation, nodes: dict[str, fx.Node]) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """(activation, op) for each op that reads its activation as it is: neither observed nor quantized on the way.
+
+    `nodes` are the graph's by name. An embedding has none: its input is no activation.
+    """
+    for use in annotation.users:
+        source, user = nodes.get(use.input or ""), nodes[use.node]
+        if source is not None and source in user.all_input_nodes and "embedding" not in use.op:
+            yield source, user
 
 
 def stored_weight(gm: fx.GraphModule, annotation: QuantAnnotation) -> QuantizedWeight:

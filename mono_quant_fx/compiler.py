@@ -18,6 +18,7 @@ from mono_quant_fx.data import Batch, Prepare, collect
 from mono_quant_fx.errors import ConfigError
 from mono_quant_fx.pass_base import Callback, Pass, Pipeline
 from mono_quant_fx.passes import (
+    ActivationLowering,
     CalibrationExecution,
     DequantFusion,
     Int4GroupwiseLowering,
@@ -38,6 +39,8 @@ def default_pipeline(
     config = config or QuantConfig()
     if batches is None and config.algorithm != "rtn":
         raise ConfigError(f"algorithm={config.algorithm!r} needs calibration_data; without data there is 'rtn'")
+    if batches is None and config.activations is not None:
+        raise ConfigError(f"activations={config.activations!r} needs calibration_data, which sets their ranges")
     measure: tuple[Pass, ...] = ()
     if batches is not None:
         calibration = CalibrationExecution(
@@ -47,7 +50,9 @@ def default_pipeline(
             damping=config.damping,
             activation_order=config.activation_order,
         )
-        measure = (ObserverInsertion(), calibration)
+        measure = (ObserverInsertion(config.observer), calibration)
+        if config.activations is not None:
+            measure += (ActivationLowering(),)
     return Pipeline((SkipAnnotation(config), *measure, Int4GroupwiseLowering(), DequantFusion()), callback)
 
 

@@ -6,10 +6,11 @@ import dataclasses
 import difflib
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mono_quant_fx.checks import check_pattern, choice, flag, items, patterns, positive, require, type_names, whole
 from mono_quant_fx.errors import ConfigError
 
 NORM_TYPES = (
@@ -25,6 +26,7 @@ DEFAULT_INT4_SKIP: Mapping[str, Any] = {
 }
 
 FALLBACKS = ("int8", "shrink", "skip", "error")
+OBSERVERS = ("minmax", "moving_average_minmax", "histogram", "percentile", "auto")
 
 
 @dataclass(frozen=True)
@@ -50,9 +52,9 @@ class QuantScheme:
     symmetric: bool = True
 
     def __post_init__(self) -> None:
-        _require(self.bits in (4, 8) and isinstance(self.bits, int), "bits", self.bits, "bits is 4 or 8")
+        require(self.bits in (4, 8) and isinstance(self.bits, int), "bits", self.bits, "bits is 4 or 8")
         check_group_size(self.group_size)
-        _require(isinstance(self.symmetric, bool), "symmetric", self.symmetric, "symmetric is True or False")
+        require(isinstance(self.symmetric, bool), "symmetric", self.symmetric, "symmetric is True or False")
         if self.bits == 8 and self.group_size != -1:
             raise ConfigError(
                 f"group_size={self.group_size} with bits=8: INT8 is stored per output channel; use QuantScheme(8, -1)"
@@ -107,6 +109,11 @@ class QuantConfig:
             error) or "gptq" (arXiv 2210.17323); the latter two need calibration data.
         damping: of GPTQ's Hessian, as a fraction of its mean diagonal.
         activation_order: GPTQ rounds the columns of largest input energy first.
+        activations: None leaves them float; "int8" quantizes the inputs of ops with quantized weights, one static
+            scale a tensor, from the ranges that calibration observes.
+        activation_symmetric: activation codes around zero, instead of with a zero point.
+        observer: what measures those ranges: a name that create_observer knows (see docs/observers.md), or "auto".
+        bias_correction: folds the mean output error that rounding leaves into the biases (arXiv 1906.04721).
         accuracy_warning: "warn", "error" (raise AccuracyError on a critical finding) or "ignore".
         sqnr_warning_threshold: dB below which a node is reported.
         sqnr_error_threshold: dB below which a node is critical.
@@ -138,32 +145,35 @@ class QuantConfig:
     algorithm: str = "rtn"
     damping: float = 0.01
     activation_order: bool = True
+    activations: str | None = None
+    activation_symmetric: bool = False
+    observer: str = "minmax"
+    bias_correction: bool = False
     accuracy_warning: str = "warn"
     sqnr_warning_threshold: float = 20.0
     sqnr_error_threshold: float = 10.0
 
     def __post_init__(self) -> None:
         for name in ("modules_to_not_convert", "skip_layer_names"):
-            object.__setattr__(self, name, _patterns(name, getattr(self, name)))
-        object.__setattr__(self, "skip_layer_types", _type_names(self.skip_layer_types))
+            object.__setattr__(self, name, patterns(name, getattr(self, name)))
+        object.__setattr__(self, "skip_layer_types", type_names(self.skip_layer_types))
         object.__setattr__(self, "overrides", _overrides(self.overrides))
         QuantScheme(self.bits, self.group_size if self.bits == 4 else -1, self.symmetric)
         check_group_size(self.group_size)
         channels = self.axis == 0 and type(self.axis) is int
-        _require(channels, "axis", self.axis, "only axis 0, the output channels, can carry scales")
-        _require(isinstance(self.default_skips, bool), "default_skips", self.default_skips, "True or False")
+        require(channels, "axis", self.axis, "only axis 0, the output channels, can carry scales")
+        for name in ("default_skips", "activation_order", "activation_symmetric", "bias_correction"):
+            flag(name, getattr(self, name))
         for name in ("small_layer", "indivisible"):
-            _choice(name, getattr(self, name), FALLBACKS)
-        _choice("skipped_precision", self.skipped_precision, (None, "int8"))
-        _choice("algorithm", self.algorithm, ("rtn", "clip", "gptq"))
-        ok = (
-            isinstance(self.damping, int | float) and not isinstance(self.damping, bool) and 0 < self.damping < math.inf
-        )
-        _require(ok, "damping", self.damping, "a finite number above 0 is needed")
-        _require(isinstance(self.activation_order, bool), "activation_order", self.activation_order, "True or False")
-        _choice("accuracy_warning", self.accuracy_warning, ("warn", "error", "ignore"))
-        _whole("skip_param_threshold", self.skip_param_threshold, 0)
-        _whole("num_calibration_samples", self.num_calibration_samples, 1)
+            choice(name, getattr(self, name), FALLBACKS)
+        choice("skipped_precision", self.skipped_precision, (None, "int8"))
+        choice("algorithm", self.algorithm, ("rtn", "clip", "gptq"))
+        positive("damping", self.damping)
+        choice("activations", self.activations, (None, "int8"))
+        choice("observer", self.observer, OBSERVERS)
+        choice("accuracy_warning", self.accuracy_warning, ("warn", "error", "ignore"))
+        whole("skip_param_threshold", self.skip_param_threshold, 0)
+        whole("num_calibration_samples", self.num_calibration_samples, 1)
         check_thresholds(self.sqnr_warning_threshold, self.sqnr_error_threshold)
         for pattern, value in self.overrides:
             if isinstance(value, str) and value != "skip":
@@ -204,7 +214,7 @@ def check_thresholds(warning_db: float, error_db: float) -> None:
     """Raises ConfigError unless both are finite and `warning_db` is not below `error_db`."""
     for name, value in (("sqnr_warning_threshold", warning_db), ("sqnr_error_threshold", error_db)):
         ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        _require(ok, name, value, "a finite number of dB is needed")
+        require(ok, name, value, "a finite number of dB is needed")
     if warning_db < error_db:
         raise ConfigError(
             f"sqnr_warning_threshold={warning_db} is below sqnr_error_threshold={error_db}: a node would be critical"
@@ -212,58 +222,12 @@ def check_thresholds(warning_db: float, error_db: float) -> None:
         )
 
 
-def _require(ok: bool, name: str, value: object, rule: str) -> None:
-    if not ok:
-        raise ConfigError(f"{name}={value!r}: {rule}")
-
-
-def _choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
-    _require(value in allowed, name, value, "one of " + ", ".join(map(repr, allowed)) + " is needed")
-
-
-def _whole(name: str, value: object, least: int) -> None:
-    ok = isinstance(value, int) and not isinstance(value, bool) and value >= least
-    _require(ok, name, value, f"a whole number >= {least} is needed")
-
-
-def _items(name: str, value: Any) -> tuple[Any, ...]:
-    if value is None:
-        return ()
-    if isinstance(value, str | bytes) or not isinstance(value, Iterable):
-        raise ConfigError(f"{name}={value!r}: a list is needed; write {name}=[{value!r}]")
-    return tuple(value)
-
-
-def _check_pattern(name: str, pattern: object) -> str:
-    if not isinstance(pattern, str) or not pattern:
-        raise ConfigError(f"{name}: {pattern!r} is no pattern; a name or 're:...' is needed")
-    if pattern.startswith("re:"):
-        try:
-            re.compile(pattern[3:])
-        except re.error as e:
-            raise ConfigError(f"{name}: {pattern!r} is no regular expression: {e}") from e
-    return pattern
-
-
-def _patterns(name: str, value: Any) -> tuple[str, ...]:
-    return tuple(_check_pattern(name, item) for item in _items(name, value))
-
-
-def _type_names(value: Any) -> tuple[str, ...]:
-    if isinstance(value, type):
-        raise ConfigError(f"skip_layer_types={value.__name__}: a list is needed; write [{value.__name__}]")
-    return tuple(
-        item.__name__ if isinstance(item, type) else _check_pattern("skip_layer_types", item)
-        for item in _items("skip_layer_types", value)
-    )
-
-
 def _overrides(value: Any) -> tuple[tuple[str, QuantScheme | str], ...]:
-    pairs = tuple(value.items()) if isinstance(value, Mapping) else _items("overrides", value)
+    pairs = tuple(value.items()) if isinstance(value, Mapping) else items("overrides", value)
     for pair in pairs:
         if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[1], str | QuantScheme)):
             raise ConfigError(f"overrides: {pair!r}: pattern -> QuantScheme, 'int8', 'int4 g64 asym' or 'skip'")
-        _check_pattern("overrides", pair[0])
+        check_pattern("overrides", pair[0])
     return pairs
 
 

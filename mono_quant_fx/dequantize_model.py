@@ -15,6 +15,7 @@ from mono_quant_fx.annotation import (
     stored_weight,
 )
 from mono_quant_fx.errors import PreconditionError
+from mono_quant_fx.ops.static_int8 import CONVS
 from mono_quant_fx.pass_base import Pass
 from mono_quant_fx.weight_ops import from_matrix
 
@@ -29,6 +30,9 @@ class _Dequantize(Pass):
         return None if lowered else "the graph holds no quantized weight; give the graph_module of a quantization"
 
     def rewrite(self, gm: fx.GraphModule) -> None:
+        for node in list(gm.graph.nodes):
+            if node.target is ops.dequantize_activation:
+                node.replace_all_uses_with(_float_input(node))
         for node, annotation in list(annotated(gm)):
             if annotation.lowered:
                 _restore(gm, node, annotation)
@@ -38,8 +42,9 @@ class _Dequantize(Pass):
 def dequantize_model(gm: fx.GraphModule) -> fx.GraphModule:
     """The float graph whose weights are dequantize(codes): same outputs within rounding, plain torch ops only.
 
-    Weights are parameters under their original names, in their original shapes and dtypes, so that the state_dict loads
-    into the model that was captured. `gm` is not touched.
+    INT8 activations become float again as well, which changes the outputs by what their rounding cost. Weights are
+    parameters under their original names, in their original shapes and dtypes, so that the state_dict loads into the
+    model that was captured. `gm` is not touched.
 
     Raises:
         PreconditionError: `gm` is no GraphModule or holds nothing quantized.
@@ -87,10 +92,20 @@ def _restored(dequantize: fx.Node, annotation: QuantAnnotation) -> fx.Node:
 
 
 def _unfuse(gm: fx.GraphModule, node: fx.Node, weight: fx.Node, annotation: QuantAnnotation) -> None:
-    x, bias = node.args[0], node.args[4]
+    is_static = node.target in (ops.w4a8_linear, ops.w8a8_linear, ops.w8a8_conv)
+    x, bias = (_float_input(node), node.args[6]) if is_static else (node.args[0], node.args[4])
     value = weight
     if annotation.layout == "columns":
         with gm.graph.inserting_before(node):
             value = gm.graph.call_function(aten.t.default, (weight,))
             value.meta = dict(weight.meta)
-    node.target, node.args = F.linear, (x, value, bias)
+    if node.target is ops.w8a8_conv:
+        size, *window = node.args[7:]
+        node.target, node.args = CONVS[len(size)], (x, value, bias, *window)  # type: ignore[arg-type]
+    else:
+        node.target, node.args = F.linear, (x, value, bias)
+
+
+def _float_input(node: fx.Node) -> fx.Node:
+    """What the codes that a node reads were made from."""
+    return node.all_input_nodes[0].all_input_nodes[0]

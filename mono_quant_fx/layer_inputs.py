@@ -47,12 +47,19 @@ def layer_inputs(node: fx.Node, x: Tensor, weight_shape: tuple[int, ...]) -> Ten
 
 
 def _patches(node: fx.Node, x: Tensor, shape: tuple[int, ...]) -> Tensor | None:
-    dims = len(shape) - 2
-    stride, padding, dilation = (_spread(argument(node, (i, n)), dims, d) for i, n, d in _CONV_ARGUMENTS)
-    groups = argument(node, (6, "groups")) or 1
-    if padding is None or stride is None or dilation is None:
+    window = conv_window(node, len(shape) - 2)
+    if window is None:
         return None
+    stride, padding, dilation, groups = window
     return _unfold(F.pad(x, _both_sides(padding)), shape[2:], stride, dilation, groups)
+
+
+def conv_window(node: fx.Node, dims: int) -> tuple[list[int], list[int], list[int], int] | None:
+    """stride, padding, dilation, groups of a convolution, a number a dimension; None for "same" or computed sizes."""
+    stride, padding, dilation = (_spread(argument(node, (i, n)), dims, d) for i, n, d in _CONV_ARGUMENTS)
+    if stride is None or padding is None or dilation is None:
+        return None
+    return stride, padding, dilation, argument(node, (6, "groups")) or 1
 
 
 _CONV_ARGUMENTS = ((3, "stride", 1), (4, "padding", 0), (5, "dilation", 1))

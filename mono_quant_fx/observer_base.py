@@ -55,6 +55,10 @@ class Observer(nn.Module, ABC):
     def value_range(self, bits: int = 8, symmetric: bool = False) -> tuple[Tensor, Tensor]:
         """(low, high) float32: the values that the codes should reach; scalars, or one a channel."""
 
+    def chosen(self) -> tuple[str, str]:
+        """(name, reason) of the kind whose range this is: its own, for which there is nothing to say."""
+        return self.name, ""
+
     @abstractmethod
     def statistics(self) -> dict[str, tuple[float, ...]]:
         """What was seen, as plain numbers."""

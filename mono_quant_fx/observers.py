@@ -10,6 +10,7 @@ from torch import Tensor
 from mono_quant_fx.errors import ConfigError
 from mono_quant_fx.histogram import HistogramObserver, PercentileObserver
 from mono_quant_fx.observer_base import MinMaxObserver, Observer, known_options, numbers, tiles
+from mono_quant_fx.select_observer import AutoObserver
 
 __all__ = [
     "HistogramObserver",
@@ -137,11 +138,12 @@ class InputEnergyObserver(Observer):
 
 _KINDS: tuple[type[Observer], ...] = (
     MinMaxObserver, MovingAverageMinMaxObserver, HistogramObserver, PercentileObserver, InputEnergyObserver,
+    AutoObserver,
 )  # fmt: skip
 
 
 def create_observer(name: str = "minmax", **options: Any) -> Observer:
-    """An observer by name: minmax, moving_average_minmax, histogram, percentile, energy.
+    """An observer by name: minmax, moving_average_minmax, histogram, percentile, energy, auto (experimental).
 
     Raises:
         ConfigError: an unknown name or option (lists the known ones), or a value that breaks a rule.

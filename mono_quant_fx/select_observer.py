@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from mono_quant_fx.errors import ConfigError
-from mono_quant_fx.histogram import HistogramObserver
+from mono_quant_fx.histogram import HistogramObserver, PercentileObserver
+from mono_quant_fx.observer_base import MinMaxObserver
 
 #: Fewer values than this say little about a tail: 99.99 % would cut less than one of them.
 FEW_VALUES = 10_000
@@ -78,6 +79,30 @@ def _most_extreme(statistics: Mapping[str, float | tuple[float, ...]], name: str
         )
     values = torch.as_tensor(statistics[name], dtype=torch.float64).reshape(-1)
     return float(values[values.abs().argmax()]) if len(values) else 0.0
+
+
+class AutoObserver(PercentileObserver):
+    """A histogram, and at the end the range of the kind that select_observer picks for it. EXPERIMENTAL.
+
+    Takes the options of PercentileObserver.
+
+    >>> warnings.simplefilter("ignore", ExperimentalWarning)
+    >>> observer = AutoObserver()
+    >>> _ = observer(torch.linspace(-1, 1, 20_000))
+    >>> observer.chosen()[0], observer.value_range()
+    ('minmax', (tensor(-1.), tensor(1.)))
+    """
+
+    name = "auto"
+
+    def chosen(self) -> tuple[str, str]:
+        """What select_observer says to the statistics so far."""
+        return select_observer(self)
+
+    def value_range(self, bits: int = 8, symmetric: bool = False) -> tuple[Tensor, Tensor]:
+        """The range as the chosen kind would give it."""
+        kinds = {kind.name: kind for kind in (MinMaxObserver, HistogramObserver, PercentileObserver)}
+        return kinds[self.chosen()[0]].value_range(self, bits, symmetric)
 
 
 @functools.cache  # once a process, unless the warning is turned into an error

@@ -31,6 +31,7 @@ class AccuracyRow:
         local_sqnr_db: of the node's output with this node alone quantized, on float inputs.
         accumulated_sqnr_db, max_abs_error: of the node's output in the quantized graph.
         status: "critical", "warning", "ok", "good", or "float".
+        activations: what the node's input became: "int8 asym", "int8 sym", or "" where it stays float.
         observer, input_range: what watched the node's input during calibration, and the [min, max] it saw.
         algorithm: what rounded the weight.
         gain_db: on the calibration inputs, how many dB less output error than rounding to nearest gives.
@@ -51,6 +52,7 @@ class AccuracyRow:
     accumulated_sqnr_db: float | None = None
     max_abs_error: float | None = None
     status: str = "float"
+    activations: str = ""
     observer: str = ""
     input_range: tuple[float, float] | None = None
     algorithm: str = ""
@@ -129,13 +131,16 @@ class AccuracyTable:
         return _tabulate(cells, style)
 
 
-#: Column -> alignment. CALIBRATED is shown when calibration has rounded the weights.
+#: Column -> alignment. Of CALIBRATED the columns that say something are shown, when calibration has decided anything.
 COLUMNS = {
     "node": "left", "op": "left", "module": "left", "scheme": "left", "reason": "left", "weight": "left",
     "KiB": "right", "KiB after": "right", "weight dB": "right", "local dB": "right", "acc dB": "right",
     "max err": "right", "status": "left",
 }  # fmt: skip
-CALIBRATED = {"input range": "left", "observer": "left", "algorithm": "left", "gain dB": "right", "int8 dB": "right"}
+CALIBRATED = {
+    "input": "left", "input range": "left", "observer": "left",
+    "algorithm": "left", "gain dB": "right", "int8 dB": "right",
+}  # fmt: skip
 
 
 def format_rows(rows: Iterable[AccuracyRow]) -> str:
@@ -144,7 +149,8 @@ def format_rows(rows: Iterable[AccuracyRow]) -> str:
 
 
 def _tabulate(cells: list[dict[str, str]], style: str) -> str:
-    columns = COLUMNS | {k: v for k, v in CALIBRATED.items() if any(c.get("gain dB") for c in cells)}
+    decided = any(c.get("gain dB") or c.get("input") for c in cells)
+    columns = COLUMNS | {k: v for k, v in CALIBRATED.items() if decided and any(c.get(k) for c in cells)}
     body = [[c.get(name, "") for name in columns] for c in cells]
     return tabulate(body, tuple(columns), tablefmt=style, colalign=tuple(columns.values()), disable_numparse=True)
 
@@ -165,6 +171,7 @@ def _cells(row: AccuracyRow) -> dict[str, str]:
         "acc dB": _db(row.accumulated_sqnr_db),
         "max err": "" if row.max_abs_error is None else f"{row.max_abs_error:.2g}",
         "status": row.status,
+        "input": row.activations,
         "input range": f"{low:.3g} .. {high:.3g}" if row.input_range else "",
         "observer": row.observer,
         "algorithm": row.algorithm if row.observer else "",

@@ -61,7 +61,8 @@ class CalibrationExecution(Pass):
         rounded = self._walk(twin, batches, samples) if self.algorithm != "rtn" else _run(twin, batches, samples)
         for node, annotation in list(pending(gm)):
             inputs = {use.input for use in annotation.users}
-            seen = [_observed(twin, call) for call in calls if call.all_input_nodes[0].name in inputs]
+            reads = [call for call in calls if call.all_input_nodes[0].name in inputs]
+            seen = [_observed(twin, call, annotation.activations) for call in reads]
             found = rounded.get(annotation.weight, Rounded(None, "rtn"))
             annotation = replace(annotation, observed=tuple(seen), stored=found.stored, algorithm=found.algorithm)
             set_annotation(node, replace(annotation, gain_db=found.gain_db, int8_gain_db=found.int8_gain_db))
@@ -111,6 +112,10 @@ def _observers(gm: fx.GraphModule) -> list[fx.Node]:
     return [n for n in calls if isinstance(graph.get_attribute(gm, n.target), Observer)]
 
 
-def _observed(gm: fx.GraphModule, call: fx.Node) -> ObservedInput:
-    observer = graph.get_attribute(gm, str(call.target))
-    return ObservedInput(call.all_input_nodes[0].name, observer.name, observer.statistics())
+def _observed(gm: fx.GraphModule, call: fx.Node, activations: str) -> ObservedInput:
+    observer, source = graph.get_attribute(gm, str(call.target)), call.all_input_nodes[0]
+    if not activations:
+        return ObservedInput(source.name, observer.name, observer.statistics())
+    name, reason = observer.chosen()
+    scale, zero_point = observer.calculate_qparams(8, activations == "int8 sym")
+    return ObservedInput(source.name, name, observer.statistics(), reason, float(scale), int(zero_point))

@@ -1,4 +1,4 @@
-"""dequant-fusion: merges. dequantize and a linear become int4_linear (int8_linear), under the linear's name."""
+"""dequant-fusion: merges. What dequantizes and the op that reads it become one op, under the name of the latter."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from mono_quant_fx import graph, ops
+from mono_quant_fx.layer_inputs import conv_window
 from mono_quant_fx.pass_base import Pass
 from mono_quant_fx.weight_ops import Arg, argument, is_transpose, peel_transposes
 
@@ -36,23 +37,36 @@ LINEARS: dict[Any, Linear] = {
 }
 
 
+#: Convolutions fuse where input and weight are INT8: op -> how many sizes its window has.
+CONVS: dict[Any, int] = {
+    op: n for n in (1, 2, 3) for op in (getattr(F, f"conv{n}d"), getattr(aten, f"conv{n}d").default)
+}
+
+
 @dataclass(frozen=True)
 class DequantFusion(Pass):
-    """Retargets the linear's node in place, so that its name and meta stay and the float weight never exists whole."""
+    """Retargets the op's node in place, so that its name and meta stay and the float weight never exists whole.
+
+        x                          dequantize_int4(w)    linear    int4_linear
+        x                          dequantize_int8(w)    linear    int8_linear
+        dequantize_activation(x)   dequantize_int4(w)    linear    w4a8_linear
+        dequantize_activation(x)   dequantize_int8(w)    linear    w8a8_linear
+        dequantize_activation(x)   dequantize_int8(w)    conv      w8a8_conv
+
+    What is no such pair (an INT4 convolution, say) keeps its dequantize nodes.
+    """
 
     name: ClassVar[str] = "dequant-fusion"
 
     def rewrite(self, gm: fx.GraphModule) -> None:
-        """Every linear that reads a dequantized weight."""
+        """Every linear that reads a dequantized weight, and every convolution that reads INT8 on both sides."""
         for node in list(gm.graph.nodes):
-            rule = LINEARS.get(node.target) if node.op in ("call_function", "call_method") else None
-            weight = argument(node, rule.weight) if rule is not None else None
-            if rule is None or not isinstance(weight, fx.Node):
+            if node.op not in ("call_function", "call_method"):
                 continue
-            source, odd = peel_transposes(weight)
-            if source.target in (ops.dequantize_int4, ops.dequantize_int8) and odd is rule.transposed:
-                _fuse(node, rule, source)
-                _erase_unused(gm, weight)
+            if node.target in LINEARS:
+                _try_linear(gm, node, LINEARS[node.target])
+            elif node.target in CONVS:
+                _try_conv(node, CONVS[node.target])
 
     def ensures(self, gm: fx.GraphModule) -> str | None:
         """No F.linear reads a dequantize node any more."""
@@ -62,19 +76,41 @@ class DequantFusion(Pass):
         return None
 
 
+def _try_linear(gm: fx.GraphModule, node: fx.Node, rule: Linear) -> None:
+    weight = argument(node, rule.weight)
+    if not isinstance(weight, fx.Node):
+        return
+    source, odd = peel_transposes(weight)
+    if source.target in (ops.dequantize_int4, ops.dequantize_int8) and odd is rule.transposed:
+        _fuse(node, rule, source)
+        _erase_unused(gm, weight)
+
+
 def _fuse(node: fx.Node, rule: Linear, dequantize: fx.Node) -> None:
     x, bias = argument(node, rule.input), argument(node, rule.bias) if rule.bias else None
     if any(node.kwargs.get(k, 1) != 1 for k in ("alpha", "beta")) or not isinstance(x, fx.Node):
         return
     if rule.transposed and bias is not None and not _is_row(bias, dequantize):
         return
-    node.op = "call_function"
-    if dequantize.target is ops.dequantize_int4:
-        packed, scale, zero_point, group_size, _ = dequantize.args
-        node.target, node.args = ops.int4_linear, (x, packed, scale, zero_point, bias, group_size)
-    else:
-        node.target, node.args = ops.int8_linear, (x, *dequantize.args, bias)
-    node.kwargs = {}
+    is_int4, is_static = dequantize.target is ops.dequantize_int4, x.target is ops.dequantize_activation
+    sizes = dequantize.args[3:4] if is_int4 else ()  # the group size; the columns follow from x
+    op = (ops.w4a8_linear if is_int4 else ops.w8a8_linear) if is_static else None
+    op = op or (ops.int4_linear if is_int4 else ops.int8_linear)
+    _retarget(node, op, (*(x.args if is_static else (x,)), *dequantize.args[:3], bias, *sizes))
+
+
+def _try_conv(node: fx.Node, dims: int) -> None:
+    x, view, bias = (argument(node, at) for at in ((0, "input"), (1, "weight"), (2, "bias")))
+    window = conv_window(node, dims)
+    if x.target is not ops.dequantize_activation or view.target is not aten.view.default or window is None:
+        return
+    dequantize, shape = view.args
+    if dequantize.target is ops.dequantize_int8:
+        _retarget(node, ops.w8a8_conv, (*x.args, *dequantize.args, bias, list(shape[2:]), *window))
+
+
+def _retarget(node: fx.Node, op: Any, args: tuple[Any, ...]) -> None:
+    node.op, node.target, node.args, node.kwargs = "call_function", op, args, {}
 
 
 def _is_row(bias: fx.Node, dequantize: fx.Node) -> bool:

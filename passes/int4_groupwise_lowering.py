@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor, fx, nn
 
 from mono_quant_fx import graph, numerics, ops
-from mono_quant_fx.annotation import QuantAnnotation, annotated, drop_annotation, pending, set_annotation
+from mono_quant_fx.annotation import QuantAnnotation, annotated, pending, plain_inputs, set_annotation
 from mono_quant_fx.errors import WeightError
 from mono_quant_fx.pass_base import Pass
+from mono_quant_fx.rewrite import add_call, add_constant
 from mono_quant_fx.weight_ops import from_matrix, matrix_shape, to_matrix
 
 
@@ -29,8 +30,16 @@ class Int4GroupwiseLowering(Pass):
     name: ClassVar[str] = "int4-lowering"
 
     def requires(self, gm: fx.GraphModule) -> str | None:
-        """Decisions are on the graph."""
-        return None if any(annotated(gm)) else "no weight is annotated; run skip-annotation first"
+        """Decisions are on the graph, and those about activations are carried out."""
+        if not any(annotated(gm)):
+            return "no weight is annotated; run skip-annotation first"
+        nodes = {n.name: n for n in gm.graph.nodes}
+        for _, annotation in pending(gm):
+            if annotation.activations and any(plain_inputs(annotation, nodes)):
+                return (
+                    f"the input of {annotation.weight!r} is to be INT8; run calibration and activation-lowering first"
+                )
+        return None
 
     def rewrite(self, gm: fx.GraphModule) -> None:
         """One weight at a time, so that the scratch is one weight's."""
@@ -58,20 +67,20 @@ def _lower(gm: fx.GraphModule, node: fx.Node, annotation: QuantAnnotation) -> No
     used_by = list(node.users)
     with gm.graph.inserting_before(node):
         packed, scale, zero_point = (
-            None if tensor is None else _constant(gm, name, tensor, node)
+            None if tensor is None else add_constant(gm, name, tensor, node)
             for name, tensor in zip(annotation.storage_names, stored, strict=True)
         )
         assert packed is not None
-        if scheme.bits == 4:
-            value = _call(gm, node, ops.dequantize_int4, packed, scale, zero_point, scheme.group_size, columns)
-        else:
-            value = _call(gm, node, ops.dequantize_int8, packed, scale, zero_point)
+        is_int4 = scheme.bits == 4
+        sizes = (scheme.group_size, columns) if is_int4 else ()
+        op = ops.dequantize_int4 if is_int4 else ops.dequantize_int8
+        matrix = add_call(gm, op, (packed, scale, zero_point, *sizes), node, f"{node.name}_dequantized")
         value = from_matrix(
-            value,
+            matrix,
             annotation.layout,
             annotation.groups,
             annotation.shape,
-            lambda op, *a: _call(gm, node, op, *a),
+            lambda op, *args: add_call(gm, op, args, node),
         )
     for user in used_by:
         user.replace_input_with(node, value)
@@ -87,19 +96,3 @@ def _round_to_nearest(weight: Tensor, annotation: QuantAnnotation) -> numerics.Q
         return numerics.quantize_matrix(matrix, annotation.scheme)
     except WeightError as e:
         raise WeightError(f"int4-lowering: weight {annotation.weight!r} cannot be quantized: {e}") from e
-
-
-def _constant(gm: fx.GraphModule, name: str, tensor: Tensor, like: fx.Node) -> fx.Node:
-    graph.attach(gm, name, tensor)
-    return _copy_meta(gm.graph.get_attr(name), like)
-
-
-def _call(gm: fx.GraphModule, like: fx.Node, op: Any, *args: Any) -> fx.Node:
-    name = f"{like.name}_dequantized" if op in (ops.dequantize_int4, ops.dequantize_int8) else None
-    return _copy_meta(gm.graph.call_function(op, args, name=name), like)
-
-
-def _copy_meta(node: fx.Node, like: fx.Node) -> fx.Node:
-    node.meta = {k: v for k, v in like.meta.items() if k not in ("val", "tensor_meta", "example_value")}
-    drop_annotation(node)
-    return node

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import fx
 
 from mono_quant_fx import graph
-from mono_quant_fx.annotation import QuantAnnotation, annotated, pending
+from mono_quant_fx.annotation import annotated, pending, plain_inputs
 from mono_quant_fx.observers import Observer, create_observer
 from mono_quant_fx.pass_base import Pass
 
@@ -18,9 +17,15 @@ PREFIX = "observer_of_"
 
 @dataclass(frozen=True)
 class ObserverInsertion(Pass):
-    """One observer (forward = identity) on each input of an op whose weight has a scheme; shared inputs once."""
+    """One observer (forward = identity) on each input of an op whose weight has a scheme; shared inputs once.
+
+    Args:
+        observer: a name that create_observer knows; it decides which range INT8 activations get.
+        options: of that observer, as (name, value) pairs.
+    """
 
     observer: str = "minmax"
+    options: tuple[tuple[str, Any], ...] = ()
     name: ClassVar[str] = "observer-insertion"
 
     def requires(self, gm: fx.GraphModule) -> str | None:
@@ -32,7 +37,7 @@ class ObserverInsertion(Pass):
         nodes = {n.name: n for n in gm.graph.nodes}
         for source, users in _inputs(gm, nodes).items():
             target = PREFIX + source.name
-            graph.attach(gm, target, create_observer(self.observer))
+            graph.attach(gm, target, create_observer(self.observer, **dict(self.options)))
             with gm.graph.inserting_after(source):
                 observed = gm.graph.call_module(target, (source,))
             observed.meta = {k: v for k, v in source.meta.items() if k != "mono_quant_fx"}
@@ -57,15 +62,8 @@ def _inputs(gm: fx.GraphModule, nodes: dict[str, fx.Node]) -> dict[fx.Node, list
     found: dict[fx.Node, list[fx.Node]] = {}
     for _, annotation in pending(gm):
         if not annotation.observed:
-            for source, user in _pairs(annotation, nodes):
+            for source, user in plain_inputs(annotation, nodes):
                 users = found.setdefault(source, [])
                 if user not in users:
                     users.append(user)
     return found
-
-
-def _pairs(annotation: QuantAnnotation, nodes: dict[str, fx.Node]) -> Iterator[tuple[fx.Node, fx.Node]]:
-    for use in annotation.users:
-        source, user = nodes.get(use.input or ""), nodes[use.node]
-        if source is not None and source in user.all_input_nodes and "embedding" not in use.op:
-            yield source, user

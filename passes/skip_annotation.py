@@ -67,6 +67,9 @@ def _annotate(weight: Weight, config: QuantConfig) -> QuantAnnotation:
             WeightUser(use.node.name, use.op, weight.module_of(use), use.input.name if use.input else None)
             for use in weight.uses
         ),
+        activations=f"int8 {'sym' if config.activation_symmetric else 'asym'}"
+        if config.activations and decision.scheme
+        else "",
     )
 
 

@@ -18,6 +18,8 @@ PAIR = "pattern -> QuantScheme, 'int8', 'int4 g64 asym' or 'skip'"
 PATTERN = "is no pattern; a name or 're:...' is needed"
 SCHEME = "a scheme reads like 'int8', 'int4 g64 sym' or 'int4 channel asym'"
 
+OBSERVER = "one of 'minmax', 'moving_average_minmax', 'histogram', 'percentile', 'auto' is needed"
+
 #: Every field of one value: its wrong values, and the rule that answers them after "field=value: ".
 WRONG = [
     ("bits", [3, 0, 16, -4, "4", None, True, 4.0, [4]], "bits is 4 or 8"),
@@ -32,6 +34,10 @@ WRONG = [
     ("algorithm", ["awq", "GPTQ", None, True], "one of 'rtn', 'clip', 'gptq' is needed"),
     ("damping", [0, -0.1, float("nan"), float("inf"), "0.01", None, True], "a finite number above 0 is needed"),
     ("activation_order", [1, 0, "yes", None], "True or False"),
+    ("activations", ["int4", "INT8", 8, True, ""], "one of None, 'int8' is needed"),
+    ("activation_symmetric", [1, 0, "yes", None], "True or False"),
+    ("bias_correction", [1, 0, "yes", None], "True or False"),
+    ("observer", ["minmx", "energy", None, True], OBSERVER),
     ("skip_param_threshold", [-1, 0.5, "512", None, True], "a whole number >= 0 is needed"),
     ("num_calibration_samples", [0, -5, 1.5, "150", None, True], "a whole number >= 1 is needed"),
     ("sqnr_warning_threshold", [float("nan"), float("inf"), "20", None, True], DB),

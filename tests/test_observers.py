@@ -191,7 +191,7 @@ def test_create_observer_by_name():
 
 @pytest.mark.parametrize("name", ["minmx", "MinMax", "", None, ["minmax"]])
 def test_an_unknown_observer_is_answered_with_the_known_ones(name):
-    known = "minmax, moving_average_minmax, histogram, percentile, energy"
+    known = "minmax, moving_average_minmax, histogram, percentile, energy, auto"
     with pytest.raises(mq.ConfigError, match=f"^observer {re.escape(repr(name))} is not known; known: {known}$"):
         mq.create_observer(name)
 

@@ -112,7 +112,7 @@ def test_a_pipeline_runs_in_order_and_calls_back():
 
 def test_passes_and_pipelines_print_their_own_configuration():
     text = repr(mq.Pipeline((mq.passes.ObserverInsertion(), mq.passes.Int4GroupwiseLowering())))
-    assert text == "Pipeline(passes=(ObserverInsertion(observer='minmax'), Int4GroupwiseLowering()))"
+    assert text == "Pipeline(passes=(ObserverInsertion(observer='minmax', options=()), Int4GroupwiseLowering()))"
     with pytest.raises(AttributeError):
         Note().text = "other"
 

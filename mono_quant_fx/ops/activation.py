@@ -1,0 +1,84 @@
+"""quantize_activation and dequantize_activation: a tensor to INT8 codes under one scale, and back.
+
+    q = clamp(round(x / scale) + zero_point, -128, 127)        x' = scale * (q - zero_point)
+
+(arXiv 1712.05877, eq. 1). scale [1] is in the model's dtype, zero_point [1] is int8, and both are fixed: static.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mono_quant_fx.numerics import code_range
+from mono_quant_fx.ops.registry import register
+
+QMIN, QMAX = code_range(8)
+
+
+class Codes(NamedTuple):
+    """A quantized activation: int8 codes of any shape, scale [1] and zero_point int8 [1]."""
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+
+    def check(self) -> None:
+        """Raises RuntimeError unless shapes and dtypes are as they should be."""
+        torch._check(self.codes.dtype == torch.int8, lambda: f"x: int8 codes needed, not {self.codes.dtype}")
+        check_qparams(self.scale, self.zero_point)
+
+    def values(self, dtype: torch.dtype) -> Tensor:
+        """scale * (q - zero_point), in `dtype`."""
+        return (self.codes.to(dtype) - self.zero_point.to(dtype)) * self.scale.to(dtype)
+
+
+def check_qparams(scale: Tensor, zero_point: Tensor) -> None:
+    """Raises RuntimeError unless scale is float [1] and zero_point int8 [1]."""
+    torch._check(
+        tuple(scale.shape) == (1,) and scale.is_floating_point(),
+        lambda: f"input_scale: a float tensor of shape (1,) needed, not {tuple(scale.shape)} of {scale.dtype}",
+    )
+    torch._check(
+        tuple(zero_point.shape) == (1,) and zero_point.dtype == torch.int8,
+        lambda: f"input_zero_point: int8 of shape (1,) needed, not {tuple(zero_point.shape)} of {zero_point.dtype}",
+    )
+
+
+def _quantize(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    _check_float(x, scale, zero_point)
+    codes = x.float() / scale.float()  # float32: a half type has too few bits for a code of 8
+    return codes.round_().add_(zero_point).clamp_(QMIN, QMAX).to(torch.int8)
+
+
+def _quantize_fake(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    _check_float(x, scale, zero_point)
+    return torch.empty_like(x, dtype=torch.int8)
+
+
+def _check_float(x: Tensor, scale: Tensor, zero_point: Tensor) -> None:
+    torch._check(x.is_floating_point(), lambda: f"x: a float tensor needed, not {x.dtype}")
+    check_qparams(scale, zero_point)
+
+
+def _dequantize(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    quantized = Codes(x, scale, zero_point)
+    quantized.check()
+    return quantized.values(scale.dtype)
+
+
+def _dequantize_fake(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    Codes(x, scale, zero_point).check()
+    return torch.empty_like(x, dtype=scale.dtype)
+
+
+quantize_activation = register(
+    "quantize_activation(Tensor x, Tensor input_scale, Tensor input_zero_point) -> Tensor", _quantize, _quantize_fake
+)
+dequantize_activation = register(
+    "dequantize_activation(Tensor x, Tensor input_scale, Tensor input_zero_point) -> Tensor",
+    _dequantize,
+    _dequantize_fake,
+)

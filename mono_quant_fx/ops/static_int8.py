@@ -1,0 +1,160 @@
+"""Ops on INT8 activations: w8a8_linear, w8a8_conv (INT8 weights), w4a8_linear (INT4 weights). No gradients.
+
+x holds the codes of quantize_activation. The reference dequantizes both sides and computes in float32; where oneDNN's
+INT8 kernels can run, w8a8 does, and the two differ by float32 rounding alone (docs/numerics.md has the tolerance).
+The result has weight_scale's dtype, which is the model's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mono_quant_fx import numerics
+from mono_quant_fx.numerics import QuantizedWeight
+from mono_quant_fx.ops import onednn
+from mono_quant_fx.ops.activation import Codes
+from mono_quant_fx.ops.dequantize import check_int4, check_int8
+from mono_quant_fx.ops.linear import int4_linear
+from mono_quant_fx.ops.onednn import Window
+from mono_quant_fx.ops.registry import register
+
+CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+def reference_linear(x: Codes, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
+    """w8a8_linear by dequantizing both sides: F.linear in float32 (float64 for a float64 model)."""
+    values, matrix, bias = _floats(x, weight, bias)
+    return F.linear(values, matrix, bias).to(weight.weight_scale.dtype)
+
+
+def reference_conv(x: Codes, weight: QuantizedWeight, bias: Tensor | None, window: Window) -> Tensor:
+    """w8a8_conv by dequantizing both sides: a convolution in float32 (float64 for a float64 model)."""
+    values, matrix, bias = _floats(x, weight, bias)
+    kernels = matrix.view(len(matrix), -1, *window.size)
+    out = CONVS[len(window.size)](values, kernels, bias, window.stride, window.padding, window.dilation, window.groups)
+    return out.to(weight.weight_scale.dtype)
+
+
+def _floats(x: Codes, weight: QuantizedWeight, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    codes, scale, zero_point = weight
+    dtype = torch.promote_types(scale.dtype, torch.float32)
+    matrix = numerics.dequantize(codes, scale.to(dtype), zero_point, -1)
+    return x.values(dtype), matrix, None if bias is None else bias.to(dtype)
+
+
+def _linear(*arguments: Any) -> Tensor:
+    x, weight, bias = _operands(arguments)
+    _check_linear(x, weight, bias)
+    if not onednn.can_run(x, weight):
+        return reference_linear(x, weight, bias)
+    rows = onednn.linear(x._replace(codes=x.codes.reshape(-1, x.codes.shape[-1])), weight, bias)
+    return rows.view(*x.codes.shape[:-1], rows.shape[1])
+
+
+def _linear_fake(*arguments: Any) -> Tensor:
+    x, weight, bias = _operands(arguments)
+    _check_linear(x, weight, bias)
+    return weight.weight_scale.new_empty(*x.codes.shape[:-1], weight.weight_packed.shape[0])
+
+
+def _int4_linear(*arguments: Any) -> Tensor:
+    x, weight, bias = _operands(arguments)
+    _check_int4_linear(x, weight, bias, arguments[-1])
+    return int4_linear(x.values(weight.weight_scale.dtype), *weight, bias, arguments[-1])
+
+
+def _int4_linear_fake(*arguments: Any) -> Tensor:
+    x, weight, bias = _operands(arguments)
+    _check_int4_linear(x, weight, bias, arguments[-1])
+    return weight.weight_scale.new_empty(*x.codes.shape[:-1], weight.weight_packed.shape[0])
+
+
+def _conv(*arguments: Any) -> Tensor:
+    x, weight, bias = _operands(arguments)
+    window = Window(*arguments[7:])
+    _check_conv(x, weight, bias, window)
+    is_batch = x.codes.dim() == len(window.size) + 2
+    batch = x if is_batch else x._replace(codes=x.codes[None])
+    convolve = onednn.conv if onednn.can_run(batch, weight) else reference_conv
+    out = convolve(batch, weight, bias, window).contiguous()
+    return out if is_batch else out[0]
+
+
+def _conv_fake(*arguments: Any) -> Tensor:
+    x, weight, bias = _operands(arguments)
+    window = Window(*arguments[7:])
+    _check_conv(x, weight, bias, window)
+    dims = len(window.size)
+    places = zip(x.codes.shape[-dims:], window.size, window.stride, window.padding, window.dilation, strict=True)
+    size = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in places]
+    return weight.weight_scale.new_empty(*x.codes.shape[: -dims - 1], weight.weight_packed.shape[0], *size)
+
+
+def _operands(arguments: tuple[Any, ...]) -> tuple[Codes, QuantizedWeight, Tensor | None]:
+    """Every op begins with x, its scale and zero point, then the stored weight, then the bias."""
+    return Codes(*arguments[:3]), QuantizedWeight(*arguments[3:6]), arguments[6]
+
+
+def _check_linear(x: Codes, weight: QuantizedWeight, bias: Tensor | None) -> None:
+    x.check()
+    check_int8(*weight)
+    _check_bias(bias, weight.weight_packed.shape[0])
+    columns = weight.weight_packed.shape[1]
+    torch._check(
+        x.codes.dim() >= 1 and x.codes.shape[-1] == columns,
+        lambda: f"x is {tuple(x.codes.shape)}; {columns} columns needed",
+    )
+
+
+def _check_int4_linear(x: Codes, weight: QuantizedWeight, bias: Tensor | None, group_size: int) -> None:
+    x.check()
+    _check_bias(bias, weight.weight_packed.shape[0])
+    check_int4(*weight, group_size, x.codes.shape[-1])
+
+
+def _check_conv(x: Codes, weight: QuantizedWeight, bias: Tensor | None, window: Window) -> None:
+    x.check()
+    check_int8(*weight)
+    _check_bias(bias, weight.weight_packed.shape[0])
+    dims = len(window.size)
+    torch._check(
+        dims in CONVS and x.codes.dim() in (dims + 1, dims + 2),
+        lambda: f"x is {tuple(x.codes.shape)}; [batch, channels] and {dims} sizes needed",
+    )
+    columns = x.codes.shape[-dims - 1] // window.groups
+    for k in window.size:
+        columns = columns * k
+    torch._check(
+        columns == weight.weight_packed.shape[1],
+        lambda: f"x is {tuple(x.codes.shape)}, so rows of {columns} are needed, not {weight.weight_packed.shape[1]}",
+    )
+
+
+def _check_bias(bias: Tensor | None, rows: int) -> None:
+    torch._check(
+        bias is None or tuple(bias.shape) == (rows,), lambda: f"bias: one value an output channel ({rows}) needed"
+    )
+
+
+_INPUT = "Tensor x, Tensor input_scale, Tensor input_zero_point"
+w8a8_linear = register(
+    f"w8a8_linear({_INPUT}, Tensor weight, Tensor weight_scale, Tensor? weight_zero_point, Tensor? bias) -> Tensor",
+    _linear,
+    _linear_fake,
+)
+w4a8_linear = register(
+    f"w4a8_linear({_INPUT}, Tensor weight_packed, Tensor weight_scale, Tensor? weight_zero_point, Tensor? bias, "
+    "int group_size) -> Tensor",
+    _int4_linear,
+    _int4_linear_fake,
+)
+w8a8_conv = register(
+    f"w8a8_conv({_INPUT}, Tensor weight, Tensor weight_scale, Tensor? weight_zero_point, Tensor? bias, "
+    "int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups) -> Tensor",
+    _conv,
+    _conv_fake,
+)

@@ -1,0 +1,94 @@
+"""activation-lowering: INT8 codes and back between an observed input and the ops that read it; a shared input once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from mono_quant_fx import graph, ops
+from mono_quant_fx.annotation import ObservedInput, QuantAnnotation, pending, plain_inputs
+from mono_quant_fx.pass_base import Pass
+from mono_quant_fx.rewrite import add_call, add_constant
+
+
+@dataclass(frozen=True)
+class ActivationLowering(Pass):
+    """Obeys: the annotations say which inputs become INT8, and calibration left their scales and zero points there.
+
+    The new constants are `<module>.input_scale` [1], in the weight's dtype, and `<module>.input_zero_point` [1], int8,
+    named after the first module that reads the tensor (with a number behind, where a module reads several).
+    """
+
+    name: ClassVar[str] = "activation-lowering"
+
+    def requires(self, gm: fx.GraphModule) -> str | None:
+        """Calibration has set the ranges."""
+        for _, annotation, inputs in _waiting(gm):
+            ranges = {seen.source for seen in annotation.observed if seen.scale is not None}
+            for source, _ in inputs:
+                if source.name not in ranges:
+                    return f"{source.name}, an input of {annotation.weight!r}, has no range; run calibration first"
+        return None
+
+    def rewrite(self, gm: fx.GraphModule) -> None:
+        """One pair of nodes a distinct input, before its first reader."""
+        order = {node: i for i, node in enumerate(gm.graph.nodes)}
+        readers: dict[fx.Node, list[fx.Node]] = {}
+        scales: dict[fx.Node, tuple[ObservedInput, QuantAnnotation, torch.device]] = {}
+        for node, annotation, inputs in _waiting(gm):
+            weight = graph.get_tensor(gm, node)
+            assert weight is not None
+            seen = {s.source: s for s in annotation.observed}
+            for source, user in inputs:
+                readers.setdefault(source, []).append(user)
+                scales.setdefault(source, (seen[source.name], annotation, weight.device))
+        for source, users in readers.items():
+            with gm.graph.inserting_before(min(users, key=order.__getitem__)):
+                value = _codes_and_back(gm, source, *scales[source])
+            for user in users:
+                user.replace_input_with(source, value)
+
+    def ensures(self, gm: fx.GraphModule) -> str | None:
+        """No op reads a float input that is to be INT8."""
+        left = [annotation.weight for _, annotation, _ in _waiting(gm)]
+        return f"the input of {left[0]!r} is still float" if left else None
+
+
+def _waiting(gm: fx.GraphModule) -> list[tuple[fx.Node, QuantAnnotation, list[tuple[fx.Node, fx.Node]]]]:
+    """The weights whose ops still read float activations that are to be INT8, with these (activation, op) pairs."""
+    nodes = {n.name: n for n in gm.graph.nodes}
+    found = ((n, a, list(plain_inputs(a, nodes))) for n, a in pending(gm) if a.activations)
+    return [(n, a, inputs) for n, a, inputs in found if inputs]
+
+
+def _codes_and_back(
+    gm: fx.GraphModule, source: fx.Node, seen: ObservedInput, annotation: QuantAnnotation, device: torch.device
+) -> fx.Node:
+    assert seen.scale is not None
+    dtype: torch.dtype = getattr(torch, annotation.dtype)
+    scale = torch.tensor([max(seen.scale, torch.finfo(dtype).tiny)], dtype=dtype, device=device)
+    zero_point = torch.tensor([seen.zero_point], dtype=torch.int8, device=device)
+    scale_name, zero_point_name = _free_names(gm, annotation.weight)
+    constants = [
+        add_constant(gm, name, value, source) for name, value in ((scale_name, scale), (zero_point_name, zero_point))
+    ]
+    codes = add_call(gm, ops.quantize_activation, (source, *constants), source, f"{source.name}_quantized")
+    return add_call(gm, ops.dequantize_activation, (codes, *constants), source, f"{source.name}_dequantized")
+
+
+def _free_names(gm: fx.GraphModule, weight: str) -> tuple[str, str]:
+    """a.weight -> a.input_scale and a.input_zero_point; a number follows where these are taken."""
+    owner = weight.rpartition(".")[0]
+    prefix = f"{owner}.input" if owner else f"{weight}_input"
+    taken = {name for name, _ in graph.named_tensors(gm)}
+    number = 0
+    while f"{prefix}_scale{_suffix(number)}" in taken:
+        number += 1
+    return f"{prefix}_scale{_suffix(number)}", f"{prefix}_zero_point{_suffix(number)}"
+
+
+def _suffix(number: int) -> str:
+    return f"_{number}" if number else ""
