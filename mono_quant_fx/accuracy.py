@@ -127,6 +127,7 @@ def _weight_rows(reference: fx.GraphModule, quantized: fx.GraphModule) -> list[A
                 activations=annotation.activations if seen is not None and seen.scale is not None else "",
                 observer=seen.observer if seen else "", input_range=_range(seen), algorithm=annotation.algorithm,
                 gain_db=annotation.gain_db, int8_gain_db=annotation.int8_gain_db,
+                bias_gain_db=annotation.bias_gain_db,
             )  # fmt: skip
             rows.append(row)
     return rows

@@ -64,6 +64,7 @@ class QuantAnnotation:
         algorithm: what rounded it: rtn, clip or gptq.
         gain_db, int8_gain_db: on the calibration inputs, how much less output error than plain rounding gives, and how
             much less INT8 would give; None without data.
+        bias_gain_db: by how much bias-correction lowered the error of its ops' outputs, at most; None before it ran.
         lowered: the codes have replaced it.
     """
 
@@ -81,6 +82,7 @@ class QuantAnnotation:
     algorithm: str = ""
     gain_db: float | None = None
     int8_gain_db: float | None = None
+    bias_gain_db: float | None = None
     lowered: bool = False
 
     @property

@@ -19,6 +19,7 @@ from mono_quant_fx.errors import ConfigError
 from mono_quant_fx.pass_base import Callback, Pass, Pipeline
 from mono_quant_fx.passes import (
     ActivationLowering,
+    BiasCorrection,
     CalibrationExecution,
     DequantFusion,
     Int4GroupwiseLowering,
@@ -37,22 +38,26 @@ def default_pipeline(
 ) -> Pipeline:
     """The passes that quantize runs; without batches nothing is observed and rounding needs the weights only."""
     config = config or QuantConfig()
-    if batches is None and config.algorithm != "rtn":
+    if batches is None and config.algorithm not in ("auto", "rtn"):
         raise ConfigError(f"algorithm={config.algorithm!r} needs calibration_data; without data there is 'rtn'")
     if batches is None and config.activations is not None:
         raise ConfigError(f"activations={config.activations!r} needs calibration_data, which sets their ranges")
+    if batches is None and config.bias_correction:
+        raise ConfigError("bias_correction=True needs calibration_data, on which the mean error is measured")
     measure: tuple[Pass, ...] = ()
     if batches is not None:
         calibration = CalibrationExecution(
             batches,
             config.num_calibration_samples,
-            algorithm=config.algorithm,
+            algorithm="gptq" if config.algorithm == "auto" else config.algorithm,
             damping=config.damping,
             activation_order=config.activation_order,
         )
         measure = (ObserverInsertion(config.observer), calibration)
         if config.activations is not None:
             measure += (ActivationLowering(),)
+        if config.bias_correction:
+            measure += (BiasCorrection(batches, config.num_calibration_samples),)
     return Pipeline((SkipAnnotation(config), *measure, Int4GroupwiseLowering(), DequantFusion()), callback)
 
 

@@ -106,7 +106,8 @@ class QuantConfig:
             power of two >= 16 that divides the row, and INT8 when there is none.
         num_calibration_samples: how many samples (along dim 0) of the calibration data are used.
         algorithm: how weights are rounded: "rtn" (to nearest), "clip" (scales searched for the least energy-weighted
-            error) or "gptq" (arXiv 2210.17323); the latter two need calibration data.
+            error) or "gptq" (arXiv 2210.17323); the latter two need calibration data. "auto" is "gptq" with data and
+            "rtn" without (docs/accuracy.md says why).
         damping: of GPTQ's Hessian, as a fraction of its mean diagonal.
         activation_order: GPTQ rounds the columns of largest input energy first.
         activations: None leaves them float; "int8" quantizes the inputs of ops with quantized weights, one static
@@ -142,7 +143,7 @@ class QuantConfig:
     small_layer: str = "int8"
     indivisible: str = "shrink"
     num_calibration_samples: int = 150
-    algorithm: str = "rtn"
+    algorithm: str = "auto"
     damping: float = 0.01
     activation_order: bool = True
     activations: str | None = None
@@ -167,7 +168,7 @@ class QuantConfig:
         for name in ("small_layer", "indivisible"):
             choice(name, getattr(self, name), FALLBACKS)
         choice("skipped_precision", self.skipped_precision, (None, "int8"))
-        choice("algorithm", self.algorithm, ("rtn", "clip", "gptq"))
+        choice("algorithm", self.algorithm, ("auto", "rtn", "clip", "gptq"))
         positive("damping", self.damping)
         choice("activations", self.activations, (None, "int8"))
         choice("observer", self.observer, OBSERVERS)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from mono_quant_fx import graph, numerics, ops
+from mono_quant_fx import graph, ops
 from mono_quant_fx.annotation import (
     QuantAnnotation,
     annotated,
@@ -14,6 +14,7 @@ from mono_quant_fx.annotation import (
     get_annotation,
     stored_weight,
 )
+from mono_quant_fx.codes import restore
 from mono_quant_fx.errors import PreconditionError
 from mono_quant_fx.ops.static_int8 import CONVS
 from mono_quant_fx.pass_base import Pass
@@ -70,14 +71,7 @@ def _restore(gm: fx.GraphModule, packed: fx.Node, annotation: QuantAnnotation) -
 
 
 def _float_weight(gm: fx.GraphModule, annotation: QuantAnnotation) -> Tensor:
-    assert annotation.scheme is not None
-    stored = stored_weight(gm, annotation)
-    columns = 1
-    for size in annotation.shape:
-        columns *= size
-    columns //= stored.weight_packed.shape[0]
-    matrix = numerics.dequantize_weight(stored, annotation.scheme.group_size, columns)
-    whole = from_matrix(matrix, annotation.layout, annotation.groups, annotation.shape, lambda op, *args: op(*args))
+    whole = restore(stored_weight(gm, annotation), annotation)
     return whole.to(getattr(torch, annotation.dtype)).contiguous()
 
 

@@ -8,40 +8,37 @@ inputs of all its uses: those up to its last use are computed ahead, in float, o
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from mono_quant_fx import graph, numerics
+from mono_quant_fx import graph, ops
 from mono_quant_fx.annotation import QuantAnnotation, pending
+from mono_quant_fx.carry import Carry
+from mono_quant_fx.codes import restore
 from mono_quant_fx.data import Batch
 from mono_quant_fx.errors import CalibrationError
 from mono_quant_fx.layer_inputs import Hessian, layer_inputs
 from mono_quant_fx.observers import Observer
 from mono_quant_fx.rounding import Rounded
-from mono_quant_fx.run import execute
-from mono_quant_fx.weight_ops import from_matrix
 
 RoundWeight = Callable[[fx.Node, QuantAnnotation, Tensor | None], Rounded]
-Values = dict[fx.Node, list[Any]]
 
 
 class SequentialWalk:
     """One walk of all batches through an annotated (and observed) graph.
 
     Args:
-        gm: the graph; its observers take in what flows by.
+        gm: the graph; its observers take in what flows by. What an observer hands to ops whose inputs are to be INT8 is
+            rounded to INT8 right away, so that all that follows sees it.
         round_weight: (get_attr node, annotation, Hessian [groups, K, K] or None) -> the rounded weight.
     """
 
     def __init__(self, gm: fx.GraphModule, batches: list[Batch], round_weight: RoundWeight):
-        self.gm, self.round_weight, self.batches = gm, round_weight, batches
-        self.inputs = [iter(batch.bind(gm)) for batch in batches]
+        self.gm, self.round_weight = gm, round_weight
         self.nodes = list(gm.graph.nodes)
-        self.constant = graph.constant_nodes(gm)
+        self.carry = Carry(gm, batches, self._restored)
         self.rounded: dict[fx.Node, Rounded] = {}
         self.waiting: dict[str, list[tuple[fx.Node, QuantAnnotation]]] = {}
         self.annotations = dict(pending(gm))
@@ -56,38 +53,33 @@ class SequentialWalk:
         Raises:
             CalibrationError: a node fails on a batch, or an input of a weight holds NaN or infinity.
         """
-        values: Values = {}
-        left = Counter(a for n in self.nodes for a in n.all_input_nodes)
         last = max((i for i, n in enumerate(self.nodes) if n.name in self.waiting), default=-1)
         for at, node in enumerate(self.nodes[: last + 1]):
-            if self.constant[node]:
-                continue
             for weight, annotation in self.waiting.get(node.name, ()):
                 if weight not in self.rounded:
-                    hessian = self._hessian(at, annotation, values, left)
-                    self.rounded[weight] = self.round_weight(weight, annotation, hessian)
-            self._step(node, values, left)
+                    self.rounded[weight] = self.round_weight(weight, annotation, self._hessian(at, annotation))
+            self.carry.step(node)
+            if self._is_observer(node):
+                self._quantize_activation(node)
         return self.rounded
 
-    def _hessian(self, at: int, annotation: QuantAnnotation, values: Values, left: Counter[fx.Node]) -> Tensor | None:
+    def _hessian(self, at: int, annotation: QuantAnnotation) -> Tensor | None:
         users = {user.node: user.input for user in annotation.users}
-        total = Hessian()
-        ahead, left = {n: list(v) for n, v in values.items()}, left.copy()
-        remaining = set(users)
+        total, ahead, remaining = Hessian(), self.carry.fork(), set(users)
         for node in self.nodes[at:]:
             if node.name in users:
                 remaining.discard(node.name)
-                self._observe(node, annotation, users[node.name], ahead, total)
+                self._observe(node, annotation, self._activation(node, users[node.name], ahead), total)
             if not remaining:
                 break
-            if not self.constant[node]:
-                self._step(node, ahead, left, is_ahead=True)
+            if self._is_observer(node):
+                ahead.put(node, ahead.values[node.all_input_nodes[0]])
+            else:
+                ahead.step(node)
         return total.value
 
-    def _observe(
-        self, node: fx.Node, annotation: QuantAnnotation, source: str | None, values: Values, total: Hessian
-    ) -> None:
-        for number, value in enumerate(self._activation(node, source, values)):
+    def _observe(self, node: fx.Node, annotation: QuantAnnotation, values: list[Tensor], total: Hessian) -> None:
+        for number, value in enumerate(values):
             if not value.is_floating_point():
                 return
             if not bool(torch.isfinite(value).all()):
@@ -99,43 +91,28 @@ class SequentialWalk:
             if inputs is not None:
                 total.add(inputs)
 
-    def _activation(self, node: fx.Node, source: str | None, values: Values) -> list[Tensor]:
+    def _activation(self, node: fx.Node, source: str | None, carry: Carry) -> list[Tensor]:
         for candidate in node.all_input_nodes:
             origin = candidate.all_input_nodes[0] if self._is_observer(candidate) else candidate
             if origin.name == source:
-                return values[candidate]
+                return carry.values[candidate]
         return []
 
-    def _step(self, node: fx.Node, values: Values, left: Counter[fx.Node], is_ahead: bool = False) -> None:
-        """Runs one node on every batch and frees what nobody needs any more."""
-        constants: dict[fx.Node, Any] = {}
+    def _quantize_activation(self, node: fx.Node) -> None:
+        """Rounds what an observer hands on, by the range that it has just seen."""
+        source = node.all_input_nodes[0].name
+        symmetry = {a.activations for a in self.annotations.values() for u in a.users if u.input == source}
+        if node not in self.carry.values or not any(symmetry):
+            return
+        observer = graph.get_attribute(self.gm, str(node.target))
+        scale, zero_point = observer.calculate_qparams(8, "int8 sym" in symmetry)
+        self.carry.values[node] = [_round_trip(x, scale, zero_point) for x in self.carry.values[node]]
 
-        def value_of(source: fx.Node, number: int) -> Any:
-            if not self.constant[source]:
-                return values[source][number]
-            if source not in constants:
-                constants[source] = self._constant(source)
-            return constants[source]
-
-        if is_ahead and self._is_observer(node):
-            values[node] = values[node.all_input_nodes[0]]
-        else:
-            values[node] = [
-                execute(self.gm, node, lambda s, i=i: value_of(s, i), inputs, i)  # type: ignore[misc]
-                for i, inputs in enumerate(self.inputs)
-            ]
-        for source in node.all_input_nodes:
-            left[source] -= 1
-            if left[source] <= 0:
-                values.pop(source, None)
-        if left[node] <= 0:
-            values.pop(node)
-
-    def _constant(self, node: fx.Node) -> Any:
-        """A weight as it is by now (rounded or float), or what is computed from such constants."""
+    def _restored(self, node: fx.Node) -> Tensor | None:
+        """The weight as it is by now: what its codes stand for, or None while it is float."""
         rounded = self.rounded.get(node)
         if rounded is None:
-            return execute(self.gm, node, self._constant, iter(()), 0)
+            return None
         assert rounded.stored is not None
         return restore(rounded.stored, self.annotations[node])
 
@@ -145,9 +122,6 @@ class SequentialWalk:
         return isinstance(graph.get_attribute(self.gm, str(node.target)), Observer)
 
 
-def restore(stored: numerics.QuantizedWeight, annotation: QuantAnnotation) -> Tensor:
-    """The float weight, in its own shape, that stored codes stand for."""
-    assert annotation.scheme is not None
-    columns = torch.Size(annotation.shape).numel() // stored.weight_packed.shape[0]
-    matrix = numerics.dequantize_weight(stored, annotation.scheme.group_size, columns)
-    return from_matrix(matrix, annotation.layout, annotation.groups, annotation.shape, lambda op, *args: op(*args))
+def _round_trip(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    qparams = scale.reshape(1).to(x.dtype), zero_point.reshape(1).to(torch.int8)
+    return ops.dequantize_activation(ops.quantize_activation(x, *qparams), *qparams)

@@ -36,6 +36,7 @@ class AccuracyRow:
         algorithm: what rounded the weight.
         gain_db: on the calibration inputs, how many dB less output error than rounding to nearest gives.
         int8_gain_db: how many dB less still INT8 per channel would give.
+        bias_gain_db: how many dB less output error the corrected bias gives.
     """
 
     node: str
@@ -58,6 +59,7 @@ class AccuracyRow:
     algorithm: str = ""
     gain_db: float | None = None
     int8_gain_db: float | None = None
+    bias_gain_db: float | None = None
 
     @property
     def judged_db(self) -> float | None:
@@ -139,7 +141,7 @@ COLUMNS = {
 }  # fmt: skip
 CALIBRATED = {
     "input": "left", "input range": "left", "observer": "left",
-    "algorithm": "left", "gain dB": "right", "int8 dB": "right",
+    "algorithm": "left", "gain dB": "right", "int8 dB": "right", "bias dB": "right",
 }  # fmt: skip
 
 
@@ -149,7 +151,7 @@ def format_rows(rows: Iterable[AccuracyRow]) -> str:
 
 
 def _tabulate(cells: list[dict[str, str]], style: str) -> str:
-    decided = any(c.get("gain dB") or c.get("input") for c in cells)
+    decided = any(c.get("gain dB") or c.get("input") or c.get("bias dB") for c in cells)
     columns = COLUMNS | {k: v for k, v in CALIBRATED.items() if decided and any(c.get(k) for c in cells)}
     body = [[c.get(name, "") for name in columns] for c in cells]
     return tabulate(body, tuple(columns), tablefmt=style, colalign=tuple(columns.values()), disable_numparse=True)
@@ -177,6 +179,7 @@ def _cells(row: AccuracyRow) -> dict[str, str]:
         "algorithm": row.algorithm if row.observer else "",
         "gain dB": _db(row.gain_db),
         "int8 dB": _db(row.int8_gain_db),
+        "bias dB": _db(row.bias_gain_db),
     }
 
 

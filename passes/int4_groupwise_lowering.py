@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
-from mono_quant_fx import graph, numerics, ops
+from mono_quant_fx import graph, ops
 from mono_quant_fx.annotation import QuantAnnotation, annotated, pending, plain_inputs, set_annotation
+from mono_quant_fx.codes import codes_of
 from mono_quant_fx.errors import WeightError
 from mono_quant_fx.pass_base import Pass
 from mono_quant_fx.rewrite import add_call, add_constant
-from mono_quant_fx.weight_ops import from_matrix, matrix_shape, to_matrix
+from mono_quant_fx.weight_ops import from_matrix, matrix_shape
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def _lower(gm: fx.GraphModule, node: fx.Node, annotation: QuantAnnotation) -> No
             f"int4-lowering: weight {annotation.weight!r} is on the meta device, without values; load them first"
         )
     columns = matrix_shape(annotation.shape, annotation.layout, annotation.groups)[1]
-    stored = annotation.stored or _round_to_nearest(weight, annotation)
+    stored = codes_of(weight, annotation, "int4-lowering")
     used_by = list(node.users)
     with gm.graph.inserting_before(node):
         packed, scale, zero_point = (
@@ -87,12 +88,3 @@ def _lower(gm: fx.GraphModule, node: fx.Node, annotation: QuantAnnotation) -> No
     gm.graph.erase_node(node)
     algorithm = annotation.algorithm or "rtn"
     set_annotation(packed, replace(annotation, stored=None, algorithm=algorithm, lowered=True))
-
-
-def _round_to_nearest(weight: Tensor, annotation: QuantAnnotation) -> numerics.QuantizedWeight:
-    assert annotation.scheme is not None
-    matrix = to_matrix(weight.detach(), annotation.layout, annotation.groups)
-    try:
-        return numerics.quantize_matrix(matrix, annotation.scheme)
-    except WeightError as e:
-        raise WeightError(f"int4-lowering: weight {annotation.weight!r} cannot be quantized: {e}") from e

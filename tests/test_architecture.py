@@ -27,6 +27,7 @@ LAYERS = [
     {"gptq"},
     {"rounding"},
     {"annotation", "weight_ops", "data"},
+    {"codes"},
     {
         "pass_base",
         "rules",
@@ -43,6 +44,7 @@ LAYERS = [
     {"histogram"},
     {"select_observer"},
     {"observers"},
+    {"carry"},
     {"sequential"},
     {"capture", "lockstep", "dequantize_model", "result"},
     {"accuracy"},
@@ -138,7 +140,7 @@ def test_the_public_names_are_there_and_documented():
         assert value.__doc__ or not callable(value), name
     assert set(mq.passes.__all__) == {
         "SkipAnnotation", "ObserverInsertion", "CalibrationExecution", "ActivationLowering",
-        "Int4GroupwiseLowering", "DequantFusion",
+        "BiasCorrection", "Int4GroupwiseLowering", "DequantFusion",
     }  # fmt: skip
 
 

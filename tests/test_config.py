@@ -31,7 +31,7 @@ WRONG = [
     ("indivisible", ["pad", True, None], FOUR),
     ("skipped_precision", ["int4", "fp16", 8, False, []], "one of None, 'int8' is needed"),
     ("accuracy_warning", ["loud", None, True], "one of 'warn', 'error', 'ignore' is needed"),
-    ("algorithm", ["awq", "GPTQ", None, True], "one of 'rtn', 'clip', 'gptq' is needed"),
+    ("algorithm", ["awq", "GPTQ", None, True], "one of 'auto', 'rtn', 'clip', 'gptq' is needed"),
     ("damping", [0, -0.1, float("nan"), float("inf"), "0.01", None, True], "a finite number above 0 is needed"),
     ("activation_order", [1, 0, "yes", None], "True or False"),
     ("activations", ["int4", "INT8", 8, True, ""], "one of None, 'int8' is needed"),

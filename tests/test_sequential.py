@@ -5,6 +5,7 @@ from torch import nn
 import mono_quant_fx as mq
 from mono_quant_fx import graph
 from mono_quant_fx.annotation import annotated
+from mono_quant_fx.carry import Carry
 from mono_quant_fx.data import to_batch
 from mono_quant_fx.rounding import RoundingOptions, round_weight
 from mono_quant_fx.sequential import SequentialWalk
@@ -151,13 +152,13 @@ def test_an_interrupted_calibration_leaves_everything_as_it_was(error):
 
 def test_only_live_values_are_held(monkeypatch):
     gm = annotate(nn.Sequential(*[m for _ in range(12) for m in (nn.Linear(64, 64), nn.ReLU())]))
-    held, step = [], SequentialWalk._step
+    held, put = [], Carry.put
 
-    def counting(self, node, values, left, is_ahead=False):
-        step(self, node, values, left, is_ahead)
-        held.append(len(values))
+    def counting(self, node, found):
+        put(self, node, found)
+        held.append(len(self.values))
 
-    monkeypatch.setattr(SequentialWalk, "_step", counting)
+    monkeypatch.setattr(Carry, "put", counting)
     walk = SequentialWalk(gm, [to_batch(torch.randn(2, 64))], lambda n, a, h: round_weight(
         graph.get_tensor(gm, n).detach(), a.scheme, h, RoundingOptions()))  # fmt: skip
     assert len(walk.run()) == 12

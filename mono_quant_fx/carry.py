@@ -1,0 +1,78 @@
+"""All calibration batches carried through a graph together, node by node; each value is freed after its last use."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, fx
+
+from mono_quant_fx import graph
+from mono_quant_fx.data import Batch
+from mono_quant_fx.run import execute
+
+
+class Carry:
+    """The live values of a walk.
+
+    Args:
+        gm: the graph; step() wants its nodes in order.
+        replaced: get_attr node -> the tensor that stands in for it, or None to read the graph's own.
+
+    Attributes:
+        values: node -> one value a batch, for the nodes that are still needed.
+        constant: which nodes do not depend on the batches; these are computed when they are read.
+    """
+
+    def __init__(self, gm: fx.GraphModule, batches: list[Batch], replaced: Callable[[fx.Node], Tensor | None]):
+        self.gm, self.replaced = gm, replaced
+        self.inputs = [iter(batch.bind(gm)) for batch in batches]
+        self.constant = graph.constant_nodes(gm)
+        self.values: dict[fx.Node, list[Any]] = {}
+        self.left = Counter(a for n in gm.graph.nodes for a in n.all_input_nodes)
+
+    def fork(self) -> Carry:
+        """A walk that goes on from here by itself, past the placeholders; the values are shared."""
+        twin = object.__new__(Carry)
+        twin.gm, twin.replaced, twin.inputs, twin.constant = self.gm, self.replaced, self.inputs, self.constant
+        twin.values, twin.left = dict(self.values), self.left.copy()
+        return twin
+
+    def step(self, node: fx.Node) -> None:
+        """Runs one node on every batch.
+
+        Raises:
+            CalibrationError: the node fails on a batch.
+        """
+        if self.constant[node]:
+            return
+        constants: dict[fx.Node, Any] = {}
+
+        def value_of(source: fx.Node, number: int) -> Any:
+            if not self.constant[source]:
+                return self.values[source][number]
+            if source not in constants:
+                constants[source] = self.constant_value(source)
+            return constants[source]
+
+        found = [
+            execute(self.gm, node, lambda s, i=i: value_of(s, i), inputs, i)  # type: ignore[misc]
+            for i, inputs in enumerate(self.inputs)
+        ]
+        self.put(node, found)
+
+    def put(self, node: fx.Node, found: list[Any]) -> None:
+        """Takes `found` as the node's values, instead of running it."""
+        self.values[node] = found
+        for source in node.all_input_nodes:
+            self.left[source] -= 1
+            if self.left[source] <= 0:
+                self.values.pop(source, None)
+        if self.left[node] <= 0:
+            self.values.pop(node)
+
+    def constant_value(self, node: fx.Node) -> Any:
+        """A constant, or what is computed from constants."""
+        value = self.replaced(node)
+        return execute(self.gm, node, self.constant_value, iter(()), 0) if value is None else value

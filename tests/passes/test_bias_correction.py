@@ -1,0 +1,200 @@
+"""bias-correction: the mean error of each op's output goes into its bias, and nothing else changes."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import mono_quant_fx as mq
+from mono_quant_fx import graph
+from mono_quant_fx.annotation import annotated
+from mono_quant_fx.data import to_batch
+from mono_quant_fx.run import run_batch
+from tests.harness import Snapshot, check_pass
+from tests.models import MLP, ConvNet, Reused, TiedLM
+
+#: What is left of a mean error after its correction, as a share of the output's largest value: float32 rounding of the
+#: bias and of the sums.
+MEAN_TOLERANCE = 1e-5
+
+CONFIG = {"group_size": 32, "skip_param_threshold": 0, "algorithm": "rtn"}
+
+
+def data(*shape, n=3):
+    """Positive, as after a ReLU: their mean is what shifts a rounded layer's output."""
+    return [torch.rand(shape, generator=torch.Generator().manual_seed(i)) for i in range(n)]
+
+
+def stage(model, batches, *, method="auto", **fields):
+    """The graph right before bias-correction."""
+    config = mq.QuantConfig(**CONFIG | fields)
+    gm = mq.capture(model.eval(), batches[0], method=method)
+    for pass_ in mq.default_pipeline(config, batches).passes[:-2]:
+        gm = pass_(gm).graph_module
+    return gm
+
+
+def lower(gm):
+    return mq.passes.Int4GroupwiseLowering()(gm).graph_module
+
+
+def mean_errors(model, gm, batches, modules):
+    """Per module of `model`: mean over batches and positions of (float - quantized) output, by hooks and by name."""
+    quantized = lower(gm)
+    outputs = {}
+
+    def keep(name):
+        return model.get_submodule(name).register_forward_hook(lambda m, x, y: outputs.setdefault(name, []).append(y))
+
+    handles = [keep(name) for name in modules]
+    with torch.no_grad():
+        for batch in batches:
+            model(batch)
+    for handle in handles:
+        handle.remove()
+    found = {}
+    rows = {a.weight.rpartition(".")[0]: a.users[0].node for _, a in annotated(quantized)}
+    for name in modules:
+        probe = graph.clone(quantized)
+        node = next(n for n in probe.graph.nodes if n.name == rows[name])
+        output = next(n for n in probe.graph.nodes if n.op == "output")
+        output.args = (node,)
+        probe.recompile()
+        ys = [run_batch(probe, to_batch(b)) for b in batches]
+        error = torch.cat(outputs[name]).double() - torch.cat(ys).double()
+        axis = 1 if error.dim() == 4 else error.dim() - 1
+        found[name] = error.movedim(axis, 0).flatten(1).mean(1) / torch.cat(outputs[name]).abs().max()
+    return found
+
+
+CASES = {
+    "linear": (MLP, (16, 64), ["fc1", "fc2"]),
+    "linear without bias": (lambda: MLP(bias=False), (16, 64), ["fc1", "fc2"]),
+    "convolutions": (ConvNet, (4, 3, 8, 8), ["conv", "depthwise", "up", "fc"]),
+}
+
+
+@pytest.mark.parametrize("method", ["symbolic", "export"])
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("fields", [{}, {"algorithm": "gptq"}, {"activations": "int8", "bits": 8}], ids=str)
+def test_no_mean_error_is_left(case, method, fields):
+    torch.manual_seed(0)
+    make, shape, modules = CASES[case]
+    model, batches = make().eval(), data(*shape)
+    before = stage(model, batches, method=method, **fields)
+    corrected = check_pass(mq.passes.BiasCorrection(batches), before, args=(batches[0],), tolerance=None)
+    wrong = mean_errors(model, before, batches, modules)
+    right = mean_errors(model, corrected, batches, modules)
+    for name in modules:
+        assert right[name].abs().max() <= MEAN_TOLERANCE < wrong[name].abs().max()
+
+
+def test_the_bias_is_the_old_one_plus_the_mean_error():
+    torch.manual_seed(0)
+    model, batches = nn.Sequential(nn.Linear(64, 8)).eval(), data(16, 64)
+    corrected = mq.passes.BiasCorrection(batches)(stage(model, batches)).graph_module
+    weight = mq.dequantize_model(lower(corrected)).get_parameter("0.weight")
+    x = torch.cat(batches)
+    expected = model[0].bias + (model(x) - F.linear(x, weight, model[0].bias)).mean(0)
+    torch.testing.assert_close(corrected.get_parameter("0.bias"), expected, rtol=0, atol=MEAN_TOLERANCE)
+
+
+def test_later_layers_see_the_corrected_ones():
+    """With the first layer's shift gone, what the second has left to correct is its own."""
+    torch.manual_seed(0)
+    model, batches = MLP().eval(), data(16, 64)
+    corrected = lower(mq.passes.BiasCorrection(batches)(stage(model, batches)).graph_module)
+    x = torch.cat(batches)
+    hidden = F.relu(F.linear(x, mq.dequantize_model(corrected).get_parameter("fc1.weight"), corrected.fc1.bias))
+    out = F.linear(hidden, mq.dequantize_model(corrected).get_parameter("fc2.weight"), model.fc2.bias)
+    expected = model.fc2.bias + (model(x) - out).mean(0)
+    torch.testing.assert_close(corrected.fc2.bias, expected, rtol=0, atol=MEAN_TOLERANCE)
+
+
+def test_it_helps_where_inputs_have_a_mean():
+    torch.manual_seed(0)
+    model, batches = MLP().eval(), data(32, 64)
+    plain, corrected = (
+        mq.quantize(model, calibration_data=batches, bias_correction=on, accuracy_warning="ignore", **CONFIG)
+        for on in (False, True)
+    )
+    assert corrected.info.sqnr_db > plain.info.sqnr_db + 1
+    row = corrected.accuracy.rows[0]
+    assert row.bias_gain_db > 1 and "bias dB" in str(corrected.accuracy)
+    assert plain.accuracy.rows[0].bias_gain_db is None and "bias dB" not in str(plain.accuracy)
+
+
+def test_a_bias_that_is_added_has_the_modules_name_and_fuses():
+    model, batches = MLP(bias=False).eval(), data(16, 64)
+    result = mq.quantize(model, calibration_data=batches, bias_correction=True, accuracy_warning="ignore", **CONFIG)
+    assert {"fc1.bias", "fc2.bias"} <= set(result.graph_module.state_dict())
+    assert mq.format_graph(result.graph_module).count("int4_linear(") == 2
+
+
+class NoPlace(nn.Module):
+    """A product without a bias argument, and a scaled addmm."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(64, 32))
+        self.b = nn.Parameter(torch.randn(32))
+        self.v = nn.Parameter(torch.randn(64, 32))
+
+    def forward(self, x):
+        return x @ self.w + torch.addmm(self.b, x, self.v, beta=0.5)
+
+
+@pytest.mark.parametrize(
+    ("model", "batches", "op"),
+    [
+        (NoPlace, data(8, 64), "matmul"),
+        (Reused, data(8, 64), "linear"),
+    ],
+    ids=["no argument", "shared"],
+)
+def test_what_cannot_be_corrected_says_so(model, batches, op):
+    model = model().eval()
+    result = mq.quantize(model, calibration_data=batches, bias_correction=True, accuracy_warning="ignore", **CONFIG)
+    plain = mq.quantize(model, calibration_data=batches, accuracy_warning="ignore", **CONFIG)
+    assert torch.equal(result.graph_module(batches[0]), plain.graph_module(batches[0]))
+    assert f"bias not corrected: {op} has no bias of its own" in result.accuracy.rows[0].reason
+
+
+def test_an_embedding_is_no_such_case():
+    ids = [torch.arange(12).view(2, 6)]
+    fields = {**CONFIG, "default_skips": False, "bias_correction": True, "accuracy_warning": "ignore"}
+    result = mq.quantize(TiedLM().eval(), calibration_data=ids, **fields)
+    reasons = {row.op: row.reason for row in result.accuracy.rows if row.module != "head"}
+    assert reasons == {"embedding": "bias not corrected: linear has no bias of its own", "linear": ""}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_models(dtype):
+    torch.manual_seed(0)
+    model, batches = MLP().to(dtype).eval(), [x.to(dtype) for x in data(32, 64)]
+    corrected = check_pass(mq.passes.BiasCorrection(batches), stage(model, batches), args=(batches[0],), tolerance=None)
+    assert corrected.fc1.bias.dtype is dtype
+    assert not torch.equal(corrected.fc1.bias, model.fc1.bias)
+
+
+def test_the_model_stays_as_it_is_and_two_runs_agree():
+    model, batches = MLP().eval(), data(16, 64)
+    before = Snapshot(model)
+    first, second = (mq.passes.BiasCorrection(batches)(stage(model, batches)).graph_module for _ in range(2))
+    before.check(model)
+    assert torch.equal(first.fc2.bias, second.fc2.bias)
+
+
+def test_nan_names_node_and_batch():
+    batches = data(16, 64)
+    gm = stage(MLP().eval(), batches)
+    bad = [batches[0], torch.full((16, 64), float("nan"))]
+    with pytest.raises(mq.CalibrationError, match="batch 1: the output of node 'linear' holds NaN or infinity"):
+        mq.passes.BiasCorrection(bad)(gm)
+
+
+def test_it_needs_annotations_and_data():
+    with pytest.raises(mq.PreconditionError, match="no weight is annotated; run skip-annotation first"):
+        mq.passes.BiasCorrection(data(4, 64))(mq.capture(MLP().eval()))
+    with pytest.raises(mq.ConfigError, match="bias_correction=True needs calibration_data"):
+        mq.quantize(MLP().eval(), bias_correction=True)
