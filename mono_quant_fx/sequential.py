@@ -22,6 +22,8 @@ from mono_quant_fx.errors import CalibrationError
 from mono_quant_fx.layer_inputs import Hessian, layer_inputs
 from mono_quant_fx.observers import Observer
 from mono_quant_fx.rounding import Rounded
+from mono_quant_fx.run import node_error
+from mono_quant_fx.weight_ops import matrix_shape
 
 RoundWeight = Callable[[fx.Node, QuantAnnotation, Tensor | None], Rounded]
 
@@ -87,9 +89,14 @@ class SequentialWalk:
                     f"batch {number}: the input of node {node.name!r} (weight {annotation.weight!r}) holds NaN or "
                     "infinity; look at this batch, or at the ops before this node"
                 )
-            inputs = layer_inputs(node, value, annotation.shape)
-            if inputs is not None:
-                total.add(inputs)
+            columns = matrix_shape(annotation.shape, annotation.layout, annotation.groups)[1]
+            try:
+                inputs = layer_inputs(node, value, annotation.shape)
+            except RuntimeError as e:
+                raise node_error(node, [value], number, e) from e
+            if inputs is None or inputs.shape[2] != columns:  # the op itself will say what does not fit
+                return
+            total.add(inputs)
 
     def _activation(self, node: fx.Node, source: str | None, carry: Carry) -> list[Tensor]:
         for candidate in node.all_input_nodes:
