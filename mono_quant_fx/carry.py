@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -33,11 +34,20 @@ class Carry:
         self.left = Counter(a for n in gm.graph.nodes for a in n.all_input_nodes)
 
     def fork(self) -> Carry:
-        """A walk that goes on from here by itself, past the placeholders; the values are shared."""
+        """A walk that goes on from here by itself, past the placeholders.
+
+        The values are copied (together, so that views stay views): an op that works in place would otherwise do so in
+        both walks.
+        """
         twin = object.__new__(Carry)
         twin.gm, twin.replaced, twin.inputs, twin.constant = self.gm, self.replaced, self.inputs, self.constant
-        twin.values, twin.left = dict(self.values), self.left.copy()
+        twin.values = dict(zip(self.values, copy.deepcopy(list(self.values.values())), strict=True))
+        twin.left = self.left.copy()
         return twin
+
+    def read(self, node: fx.Node) -> list[Any]:
+        """A node's values, one a batch; what does not depend on the batches is the same for each."""
+        return [self.constant_value(node)] * len(self.inputs) if self.constant[node] else self.values[node]
 
     def step(self, node: fx.Node) -> None:
         """Runs one node on every batch.

@@ -2,7 +2,7 @@
 
 For a group w with input energies e = E[x^2] the error of the layer's output is, for uncorrelated inputs, the sum of
 e * (w - scale * (q - zero_point))^2. The search shrinks the range by a grid of ratios (the clipping of OMSE,
-arXiv 1902.06822 sec. 3.1), and after each rounding refits the scale by least squares with the codes held.
+arXiv 1902.06822 sec. 3.1), and after each rounding also tries the least-squares scale of the codes that it gave.
 """
 
 from __future__ import annotations
@@ -50,21 +50,36 @@ def _search(tile: Tensor, scheme: QuantScheme, energy: Tensor | None) -> tuple[T
 def _search_groups(
     w: Tensor, energy: Tensor, scale: Tensor, zero_point: Tensor, scheme: QuantScheme
 ) -> tuple[Tensor, Tensor]:
-    """w [N, G, g], energy [1, G, g], and the scales [N, G] to beat; returns the best scale and zero point."""
+    """w [N, G, g], energy [1, G, g], and the scales [N, G] to beat; returns the best scale and zero point.
+
+    For codes c (less the zero point) the error is sum e w^2 - 2 s sum e w c + s^2 sum e c^2: two sums a ratio give the
+    error for every scale, and its least at s = sum e w c / sum e c^2.
+    """
     qmin, qmax = numerics.code_range(scheme.bits)
     least = torch.full_like(w[..., 0], float("inf"))
     widest, best_scale, best_zero = scale.float(), scale.clone(), zero_point.clone()
+    weighted, codes, product = w * energy, torch.empty_like(w), torch.empty_like(w)
     for ratio in RATIOS:
         s = (widest * ratio).to(scale.dtype)
         z = zero_point if scheme.symmetric else _zero_point(w, s, ratio, qmin, qmax)
-        for _ in range(2):  # as the range gives it, then refitted to the codes it gave
-            codes = torch.div(w, s[..., None].float()).round_().add_(z[..., None]).clamp_(qmin, qmax).sub_(z[..., None])
-            error = torch.addcmul(w, codes, s[..., None].float(), value=-1).square_().mul_(energy).sum(-1)
+        _codes(w, s, z, scheme, out=codes)
+        linear = torch.mul(weighted, codes, out=product).sum(-1)
+        square = torch.mul(codes, codes, out=product).mul_(energy).sum(-1)
+        refitted = (linear / square).to(scale.dtype)
+        for candidate in (s, torch.where(usable(refitted), refitted, s)):
+            error = (candidate.float() * square - 2.0 * linear) * candidate.float()
             better = error < least
             least = torch.where(better, error, least)
-            best_scale, best_zero = torch.where(better, s, best_scale), torch.where(better, z, best_zero)
-            s = _refit(w, codes, energy, s)
-    return best_scale, best_zero
+            best_scale, best_zero = torch.where(better, candidate, best_scale), torch.where(better, z, best_zero)
+    # the sums above round off what is small beside the weight's own energy: the winner is compared term by term
+    plain, found = (_error(w, energy, s, z, scheme) for s, z in ((scale, zero_point), (best_scale, best_zero)))
+    return torch.where(found < plain, best_scale, scale), torch.where(found < plain, best_zero, zero_point)
+
+
+def usable(scale: Tensor) -> Tensor:
+    """Where a scale is a normal number (of its dtype and of float32) and leaves 16 steps of it finite; NaN is not."""
+    info = torch.finfo(scale.dtype)
+    return (scale >= max(info.tiny, torch.finfo(torch.float32).tiny)) & (scale <= info.max / 16)
 
 
 def _zero_point(w: Tensor, scale: Tensor, ratio: float, qmin: int, qmax: int) -> Tensor:
@@ -72,9 +87,13 @@ def _zero_point(w: Tensor, scale: Tensor, ratio: float, qmin: int, qmax: int) ->
     return (qmin - torch.round(low / scale.float())).clamp(qmin, qmax).to(torch.int8)
 
 
-def _refit(w: Tensor, codes: Tensor, energy: Tensor, scale: Tensor) -> Tensor:
-    """The scale of least weighted error for given codes: sum e w q / sum e q^2."""
-    weighted = codes * energy
-    refitted = (weighted * w).sum(-1) / (weighted * codes).sum(-1)
-    usable = torch.isfinite(refitted) & (refitted >= torch.finfo(scale.dtype).tiny)
-    return torch.where(usable, refitted.to(scale.dtype), scale)
+def _codes(w: Tensor, scale: Tensor, zero_point: Tensor, scheme: QuantScheme, out: Tensor) -> Tensor:
+    """Codes less the zero point."""
+    qmin, qmax = numerics.code_range(scheme.bits)
+    zero = zero_point[..., None].float()
+    return torch.div(w, scale[..., None].float(), out=out).round_().clamp_(qmin - zero, qmax - zero)
+
+
+def _error(w: Tensor, energy: Tensor, scale: Tensor, zero_point: Tensor, scheme: QuantScheme) -> Tensor:
+    codes = _codes(w, scale, zero_point, scheme, out=torch.empty_like(w))
+    return torch.addcmul(w, codes, scale[..., None].float(), value=-1).square_().mul_(energy).sum(-1)

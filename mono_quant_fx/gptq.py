@@ -2,12 +2,15 @@
 
 Symbols as in the paper's Algorithm 1: W [drow, dcol] the weight, H = 2 X X^T the Hessian of the layer's inputs
 X [dcol, samples], lambda the damping, Hinv the Cholesky factor of H^-1 (sec. 3.3, step 3), B the width of the block
-whose updates stay local (step 2), Q the rounded weight, E the block's errors.
+whose updates stay local (step 2), Q the rounded weight, E the block's errors. W and E are held transposed, so that a
+column of the paper lies in one piece.
+
+The paper leaves the scales open. When column j is rounded and its error e is passed on in the best way, the layer's
+output error grows by exactly (e / Hinv[j, j])^2 (the paper's eq. 2), not by e^2 H[j, j]: so 1 / Hinv[j, j]^2 is what
+the scale search weighs column j by.
 """
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -19,68 +22,87 @@ from mono_quant_fx.errors import WeightError
 
 B = 128
 
+#: Codes int8 [N, K], scale [N, G], zero_point int8 [N, G] or None when symmetric.
+Codes = tuple[Tensor, Tensor, Tensor | None]
+
 
 def gptq(
-    weight: Tensor, H: Tensor, scheme: QuantScheme, *, damping: float = 0.01, activation_order: bool = False
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    weight: Tensor,
+    H: Tensor,
+    scheme: QuantScheme,
+    *,
+    damping: float = 0.01,
+    activation_order: bool = False,
+    rounds: int = 1,
+) -> Codes:
     """Codes int8 [N, K], scale [N, G] and zero_point int8 [N, G] (None when symmetric) of a float matrix [N, K].
 
     Args:
         weight: float [N, K].
         H: float [K, K], X X^T over the calibration inputs up to a positive factor.
-        scheme: bits, group size, symmetry; scales come from the energy-weighted search of clip.py.
+        scheme: bits, group size, symmetry.
         damping: lambda as a fraction of the mean of H's diagonal.
-        activation_order: round the columns of largest energy first, with all scales searched beforehand, so that
-            groups stay where they are in storage. Otherwise a group's scales are searched when the walk reaches it, on
-            the weights as the updates have left them.
+        activation_order: round the columns of largest energy first; groups stay where they are in storage.
+        rounds: how often to walk through the columns. Scales are searched before a walk: at first on the weight, then
+            on what the updates of the last walk had made of each column when its turn came. Each row keeps its best.
 
     No row ends with a larger error (w - q) H (w - q)^T than plain rounding with the same scales gives it.
 
     Raises:
         WeightError: the weight holds NaN or infinity, or H is no Hessian (it is not positive even when damped).
     """
-    columns, dtype = weight.shape[1], weight.dtype
-    energy = H.diagonal()
-    order = torch.argsort(energy, descending=True, stable=True) if activation_order else torch.arange(columns)
+    columns, finite = weight.shape[1], torch.finfo(weight.dtype)
+    descending = torch.argsort(H.diagonal(), descending=True, stable=True)
+    order = descending if activation_order else torch.arange(columns, device=weight.device)
     Hinv = _inverse_factor(H, damping, order)
-    scale, zero_point = search_qparams(weight, scheme, energy)
-    W = weight.float()[:, order].t().contiguous().t()  # its columns lie in one piece
-    codes = torch.empty_like(W, dtype=torch.int8)
-    size = columns if scheme.group_size == -1 else scheme.group_size
-    width = B if B % size == 0 or size % B == 0 else size  # a group never begins in one block and ends in the next
-    for i in range(0, columns, width):
-        last = min(i + width, columns)
-        E = torch.empty_like(W[:, i:last])
+    cost = torch.empty_like(Hinv[0])
+    cost[order] = Hinv.diagonal().square().reciprocal()
+    W, found = weight, []
+    for _ in range(rounds):
+        scale, zero_point = search_qparams(W, scheme, cost)
+        codes, updated = _walk(weight, Hinv, order, scale, zero_point, scheme)
+        plain = numerics.quantize(weight.float(), scale, zero_point, scheme)
+        found += [(codes, scale, zero_point), (plain, scale, zero_point)]
+        W = updated.clamp(finite.min, finite.max).to(weight.dtype)
+    return best_rows(weight, H, scheme, *found)
+
+
+def _walk(
+    weight: Tensor, Hinv: Tensor, order: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: QuantScheme
+) -> tuple[Tensor, Tensor]:
+    """Algorithm 1 with given scales: codes int8 [N, K], and float32 [N, K] each column as it was when its turn came."""
+    columns = weight.shape[1]
+    group = order // (columns if scheme.group_size == -1 else scheme.group_size)
+    s = scale.float().t().contiguous()
+    zero = torch.zeros_like(s) if zero_point is None else zero_point.float().t()
+    qmin, qmax = numerics.code_range(scheme.bits)
+    low, high = qmin - zero, qmax - zero
+    W = weight.float().t()[order].contiguous()
+    steps = torch.empty_like(W)  # Q in steps of the scale: codes less the zero point
+    at, pivots = group.tolist(), Hinv.diagonal().tolist()
+    for i in range(0, columns, B):
+        last = min(i + B, columns)
+        E = torch.empty_like(W[i:last])
         for j in range(i, last):
-            group = int(order[j]) // size
-            if not activation_order and j % size == 0:
-                part = search_qparams(
-                    W[:, j : j + size].to(dtype), replace(scheme, group_size=-1), energy[j : j + size]
-                )
-                scale[:, group] = part[0][:, 0]
-                if zero_point is not None and part[1] is not None:
-                    zero_point[:, group] = part[1][:, 0]
-            at = slice(group, group + 1)
-            zero = None if zero_point is None else zero_point[:, at]
-            codes[:, j : j + 1] = numerics.quantize(W[:, j : j + 1], scale[:, at], zero, _whole_row(scheme))
-            Q = numerics.dequantize(codes[:, j : j + 1], scale[:, at].float(), zero, -1)[:, 0]
-            E[:, j - i] = (W[:, j] - Q) / Hinv[j, j]
-            W[:, j:last] -= torch.outer(Hinv[j, j:last], E[:, j - i]).t()
-        W[:, last:] -= E @ Hinv[i:last, last:]
-    codes = codes[:, torch.argsort(order)]
-    return _no_worse_than_rounding(weight, codes, scale, zero_point, H, scheme), scale, zero_point
+            g = at[j]
+            torch.div(W[j], s[g], out=steps[j]).round_().clamp_(low[g], high[g])
+            torch.addcmul(W[j], steps[j], s[g], value=-1, out=E[j - i]).div_(pivots[j])
+            W[j + 1 : last].addr_(Hinv[j, j + 1 : last], E[j - i], alpha=-1)
+        W[last:].addmm_(Hinv[i:last, last:].t(), E, alpha=-1)
+    back = torch.argsort(order)
+    codes = steps.add_(zero[group]).to(torch.int8)
+    return codes[back].t().contiguous(), W[back].t().contiguous()
 
 
-def _whole_row(scheme: QuantScheme) -> QuantScheme:
-    return replace(scheme, group_size=-1)
+def damped(H: Tensor, damping: float) -> Tensor:
+    """H + lambda I, lambda a fraction `damping` of the mean of H's diagonal (1 where H is zero)."""
+    mean = H.diagonal().mean()
+    return H + torch.diag((damping * mean if mean > 0 else torch.ones_like(mean)).expand(len(H)))
 
 
 def _inverse_factor(H: Tensor, damping: float, order: Tensor) -> Tensor:
     """The upper Cholesky factor of (H + lambda I)^-1 in float32, the columns in `order`."""
-    damped = H.double()[order][:, order]
-    mean = damped.diagonal().mean()
-    damped.diagonal().add_(damping * mean if mean > 0 else 1.0)
-    lower, info = torch.linalg.cholesky_ex(damped)
+    lower, info = torch.linalg.cholesky_ex(damped(H.double()[order][:, order], damping))
     if int(info) != 0 or not bool(torch.isfinite(lower).all()):
         raise WeightError(
             f"its Hessian is not positive with damping={damping}; calibrate on more samples, raise the damping or use "
@@ -89,14 +111,13 @@ def _inverse_factor(H: Tensor, damping: float, order: Tensor) -> Tensor:
     return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True).float()
 
 
-def _no_worse_than_rounding(
-    weight: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor | None, H: Tensor, scheme: QuantScheme
-) -> Tensor:
-    plain = numerics.quantize(weight.float(), scale, zero_point, scheme)
-    keep = hessian_error(weight, codes, scale, zero_point, H, scheme) <= hessian_error(
-        weight, plain, scale, zero_point, H, scheme
-    )
-    return torch.where(keep[:, None], codes, plain)
+def best_rows(weight: Tensor, H: Tensor, scheme: QuantScheme, *candidates: Codes) -> Codes:
+    """Each row from the candidate that gives it the least error under H; the first of equals."""
+    codes, scales, zeros = zip(*candidates, strict=True)
+    best = torch.stack([hessian_error(weight, *candidate, H, scheme) for candidate in candidates]).argmin(0)
+    rows = torch.arange(len(best), device=best.device)
+    zero_point = None if scheme.symmetric else torch.stack(zeros)[best, rows]
+    return torch.stack(codes)[best, rows], torch.stack(scales)[best, rows], zero_point
 
 
 def hessian_error(

@@ -1,8 +1,9 @@
 """From a float matrix and what is known of its inputs to stored codes, by one of three algorithms.
 
 rtn    round to nearest with the scales that the extremes give; needs no data
-clip   scales of least energy-weighted error (clip.py), then round to nearest
-gptq   the same search inside GPTQ's error compensation (gptq.py)
+clip   scales of least energy-weighted error (clip.py), then round to nearest; a row for which that is worse than rtn
+       under the full Hessian, as correlated inputs can make it, stays as rtn leaves it
+gptq   the same search inside GPTQ's error compensation (gptq.py), then coordinate descent on the result (refine.py)
 """
 
 from __future__ import annotations
@@ -17,9 +18,12 @@ from mono_quant_fx import numerics
 from mono_quant_fx.clip import search_qparams
 from mono_quant_fx.config import INT8, QuantScheme
 from mono_quant_fx.errors import ConfigError
-from mono_quant_fx.gptq import gptq
+from mono_quant_fx.gptq import best_rows, damped, gptq
+from mono_quant_fx.refine import refine
 
 ALGORITHMS = ("rtn", "clip", "gptq")
+#: Walks of GPTQ, each with scales searched on what the one before left. Measured: the second gains 0.1 to 0.2 dB.
+GPTQ_ROUNDS = 2
 
 
 @dataclass(frozen=True)
@@ -84,12 +88,15 @@ def round_weight(matrix: Tensor, scheme: QuantScheme, H: Tensor | None, options:
 
 def _round_group(matrix: Tensor, H: Tensor, scheme: QuantScheme, options: RoundingOptions) -> numerics.QuantizedWeight:
     if options.algorithm == "gptq":
-        codes, scale, zero_point = gptq(
-            matrix, H, scheme, damping=options.damping, activation_order=options.activation_order
+        damping = options.damping
+        rounded = gptq(
+            matrix, H, scheme, damping=damping, activation_order=options.activation_order, rounds=GPTQ_ROUNDS
         )
+        codes, scale, zero_point = refine(matrix, damped(H, damping), scheme, *rounded)
     else:
-        scale, zero_point = search_qparams(matrix, scheme, H.diagonal())
-        codes = numerics.quantize(matrix, scale, zero_point, scheme)
+        candidates = [numerics.choose_qparams(matrix, scheme), search_qparams(matrix, scheme, H.diagonal())]
+        rounded_plainly = [(numerics.quantize(matrix, *qparams, scheme), *qparams) for qparams in candidates]
+        codes, scale, zero_point = best_rows(matrix, H, scheme, *rounded_plainly)
     return numerics.QuantizedWeight(numerics.pack_int4(codes), scale, zero_point)
 
 

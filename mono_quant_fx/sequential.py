@@ -67,14 +67,15 @@ class SequentialWalk:
 
     def _hessian(self, at: int, annotation: QuantAnnotation) -> Tensor | None:
         users = {user.node: user.input for user in annotation.users}
-        total, ahead, remaining = Hessian(), self.carry.fork(), set(users)
+        total, remaining = Hessian(), set(users)
+        ahead = self.carry.fork() if len(users) > 1 else self.carry
         for node in self.nodes[at:]:
             if node.name in users:
                 remaining.discard(node.name)
                 self._observe(node, annotation, self._activation(node, users[node.name], ahead), total)
             if not remaining:
                 break
-            if self._is_observer(node):
+            if self._is_observer(node) and not ahead.constant[node]:
                 ahead.put(node, ahead.values[node.all_input_nodes[0]])
             else:
                 ahead.step(node)
@@ -102,7 +103,7 @@ class SequentialWalk:
         for candidate in node.all_input_nodes:
             origin = candidate.all_input_nodes[0] if self._is_observer(candidate) else candidate
             if origin.name == source:
-                return carry.values[candidate]
+                return carry.read(candidate)
         return []
 
     def _quantize_activation(self, node: fx.Node) -> None:

@@ -25,6 +25,7 @@ LAYERS = [
     {"ops"},
     {"graph", "clip"},
     {"gptq"},
+    {"refine"},
     {"rounding"},
     {"annotation", "weight_ops", "data"},
     {"codes"},

@@ -7,6 +7,8 @@ import mono_quant_fx as mq
 from mono_quant_fx import numerics
 from mono_quant_fx.clip import search_qparams
 from mono_quant_fx.config import QuantScheme
+from mono_quant_fx.gptq import hessian_error
+from mono_quant_fx.rounding import RoundingOptions, round_weight
 
 #: Two sums of the same float32 terms, taken in different order.
 SUM = 1e-5
@@ -56,3 +58,20 @@ def test_zero_groups_and_nan():
     assert bool((scale > 0).all())
     with pytest.raises(mq.WeightError, match="it holds NaN or infinity"):
         search_qparams(torch.full((2, 16), float("nan")), QuantScheme(4, 16))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_no_row_that_clip_stores_is_worse_than_rounding_even_where_inputs_are_correlated(symmetric):
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(300, 4, generator=generator) @ torch.randn(4, 64, generator=generator)
+    x += 0.1 * torch.randn(300, 64, generator=generator)
+    w, h, scheme = torch.randn(64, 64, generator=generator), x.T @ x, QuantScheme(4, 32, symmetric)
+
+    def errors(scale, zero_point):
+        return hessian_error(w, numerics.quantize(w, scale, zero_point, scheme), scale, zero_point, h, scheme)
+
+    plain, searched = errors(*numerics.choose_qparams(w, scheme)), errors(*search_qparams(w, scheme, h.diagonal()))
+    assert (searched > plain).any() and (searched < plain).any()
+    packed, scale, zero_point = round_weight(w, scheme, h[None], RoundingOptions("clip")).stored
+    found = hessian_error(w, numerics.unpack_int4(packed, 64), scale, zero_point, h, scheme)
+    assert torch.equal(found, torch.minimum(plain, searched))

@@ -8,10 +8,12 @@ from mono_quant_fx import gptq as module
 from mono_quant_fx import numerics
 from mono_quant_fx.clip import search_qparams
 from mono_quant_fx.config import QuantScheme
-from mono_quant_fx.gptq import gptq, hessian_error
+from mono_quant_fx.gptq import best_rows, damped, gptq, hessian_error
 
 #: Two float32 sums of the same terms.
 SUM = 1e-4
+#: Scales searched on columns that a float32 and a float64 walk have updated.
+SEARCH = 1e-3
 
 
 def problem(n, k, seed=0, samples=200):
@@ -21,36 +23,52 @@ def problem(n, k, seed=0, samples=200):
     return torch.randn(n, k, generator=generator), x.T @ x
 
 
-def textbook(w, h, scheme, damping, order):
-    """Optimal brain quantization with its order given: the inverse Hessian is downdated by elimination, in float64."""
-    scale, zero_point = search_qparams(w, scheme, h.diagonal())
-    zero_point = torch.zeros_like(scale) if zero_point is None else zero_point
-    size = w.shape[1] if scheme.group_size == -1 else scheme.group_size
+def eliminate(h, damping, order):
+    """Optimal brain quantization's inverse Hessians in turn: at each step the column is eliminated. In float64."""
     h = h.double()
     inverse = torch.linalg.inv(h + damping * h.diagonal().mean() * torch.eye(len(h), dtype=torch.float64))
-    work, codes = w.double().clone(), torch.zeros(w.shape)
     for p in order.tolist():
+        yield p, inverse
+        inverse = inverse - torch.outer(inverse[:, p], inverse[p]) / inverse[p, p]
+
+
+def textbook(w, h, scheme, damping, order, scale, zero_point):
+    """Optimal brain quantization with its order and scales given: codes, and each column when its turn came."""
+    zero_point = torch.zeros_like(scale) if zero_point is None else zero_point
+    size = w.shape[1] if scheme.group_size == -1 else scheme.group_size
+    work, seen, codes = w.double().clone(), torch.zeros(w.shape), torch.zeros(w.shape)
+    for p, inverse in eliminate(h, damping, order):
         s, z = scale[:, p // size].double(), zero_point[:, p // size].double()
+        seen[:, p] = work[:, p].float()
         codes[:, p] = (torch.round(work[:, p] / s) + z).clamp(-8, 7)
         error = (work[:, p] - (codes[:, p] - z) * s) / inverse[p, p]
         work -= torch.outer(error, inverse[p])
-        inverse -= torch.outer(inverse[:, p], inverse[p]) / inverse[p, p]
-    return codes.to(torch.int8), scale, zero_point
+    return codes.to(torch.int8), seen
+
+
+def ordered(h, activation_order):
+    return torch.argsort(h.diagonal(), descending=True, stable=True) if activation_order else torch.arange(len(h))
+
+
+GROUPS_AND_ORDERS = [(-1, False), (-1, True), (16, True), (16, False), (32, False)]  # 32 leaves a ragged last group
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize(("group", "activation_order"), [(-1, False), (-1, True), (16, True)])
+@pytest.mark.parametrize(("group", "activation_order"), GROUPS_AND_ORDERS)
 @pytest.mark.parametrize("block", [8, 128])
 def test_it_equals_the_textbook(group, activation_order, symmetric, block, monkeypatch):
     monkeypatch.setattr(module, "B", block)
     scheme = QuantScheme(4, group, symmetric)
     w, h = problem(12, 48)
-    order = torch.argsort(h.diagonal(), descending=True, stable=True) if activation_order else torch.arange(48)
+    order = ordered(h, activation_order)
     codes, scale, zero_point = gptq(w, h, scheme, damping=0.01, activation_order=activation_order)
-    expected, expected_scale, expected_zero = textbook(w, h, scheme, 0.01, order)
-    assert torch.equal(scale, expected_scale)
-    zero = torch.zeros_like(expected_zero) if zero_point is None else zero_point
-    assert torch.equal(zero, expected_zero)
+    cost = torch.zeros(48)
+    for p, inverse in eliminate(h, 0.01, order):
+        cost[p] = 1.0 / inverse[p, p]
+    expected_scale, expected_zero = search_qparams(w, scheme, cost)
+    assert torch.allclose(scale, expected_scale, rtol=SUM, atol=0.0)
+    assert symmetric or torch.equal(zero_point, expected_zero)
+    expected, _ = textbook(w, h, scheme, 0.01, order, scale, zero_point)
     better = hessian_error(w, expected, scale, zero_point, h, scheme) <= hessian_error(
         w, numerics.quantize(w, scale, zero_point, scheme), scale, zero_point, h, scheme
     )
@@ -58,25 +76,70 @@ def test_it_equals_the_textbook(group, activation_order, symmetric, block, monke
     assert torch.equal(codes[better], expected[better])
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("activation_order", [True, False])
+def test_a_second_round_searches_the_scales_on_the_updated_columns(activation_order, symmetric):
+    scheme = QuantScheme(4, 16, symmetric)
+    w, h = problem(12, 48)
+    order = ordered(h, activation_order)
+    once = gptq(w, h, scheme, activation_order=activation_order)
+    twice = gptq(w, h, scheme, activation_order=activation_order, rounds=2)
+    assert (hessian_error(w, *twice, h, scheme) <= hessian_error(w, *once, h, scheme)).all()
+    cost = torch.zeros(48)
+    for p, inverse in eliminate(h, 0.01, order):
+        cost[p] = 1.0 / inverse[p, p]
+    _, seen = textbook(w, h, scheme, 0.01, order, *search_qparams(w, scheme, cost))
+    scale, zero_point = search_qparams(seen, scheme, cost)
+    codes, _ = textbook(w, h, scheme, 0.01, order, scale, zero_point)
+    second = hessian_error(w, *twice, h, scheme) < hessian_error(w, *once, h, scheme) * (1 - SUM)
+    assert second.any()
+    assert torch.equal(twice[0][second], codes[second])
+    assert torch.allclose(twice[1][second], scale[second], rtol=SEARCH, atol=0.0)
+
+
+def test_the_error_of_a_row_is_the_sum_over_columns_of_what_the_search_weighs():
+    scheme = QuantScheme(4, -1)
+    w, h = problem(6, 40)
+    scale, _ = search_qparams(w, scheme)
+    codes, seen = textbook(w, h, scheme, 0.01, torch.arange(40), scale, None)
+    cost = torch.stack([1.0 / inverse[p, p] for p, inverse in eliminate(h, 0.01, torch.arange(40))]).float()
+    step = seen - numerics.dequantize(codes, scale, None, -1)
+    found = hessian_error(w, codes, scale, None, damped(h, 0.01), scheme)
+    assert torch.allclose((step**2 * cost).sum(1), found, rtol=SUM)
+
+
+def test_best_rows_takes_each_row_from_its_best_candidate():
+    scheme = QuantScheme(4, 8, False)
+    w, h = problem(6, 16)
+    fine = gptq(w, h, scheme)
+    coarse = (torch.zeros_like(fine[0]), fine[1] * 2, torch.ones_like(fine[2]))
+    mixed = [torch.cat([a[:3], b[3:]]) for a, b in zip(fine, coarse, strict=True)]
+    rest = [torch.cat([b[:3], a[3:]]) for a, b in zip(fine, coarse, strict=True)]
+    for candidates in ((mixed, rest), (rest, mixed)):
+        assert all(torch.equal(a, b) for a, b in zip(best_rows(w, h, scheme, *candidates), fine, strict=True))
+
+
 @settings(deadline=None, derandomize=True, max_examples=25)
 @given(
     st.integers(1, 6), st.integers(1, 60), st.sampled_from([8, 24, 128, -1]), st.booleans(), st.booleans(),
-    st.integers(0, 999),
+    st.integers(1, 2), st.integers(0, 999),
 )  # fmt: skip
-def test_no_row_is_worse_than_plain_rounding_with_the_same_scales(n, k, group, symmetric, ordered, seed):
+def test_no_row_is_worse_than_plain_rounding_with_the_same_scales(
+    n, k, group, symmetric, activation_order, rounds, seed
+):
     w, h = problem(n, k, seed, samples=40)
     scheme = QuantScheme(4, group, symmetric)
-    codes, scale, zero_point = gptq(w, h, scheme, activation_order=ordered)
+    codes, scale, zero_point = gptq(w, h, scheme, activation_order=activation_order, rounds=rounds)
     assert int(codes.min()) >= -8 and int(codes.max()) <= 7
     plain = hessian_error(w, numerics.quantize(w, scale, zero_point, scheme), scale, zero_point, h, scheme)
     assert (hessian_error(w, codes, scale, zero_point, h, scheme) <= plain * (1 + SUM)).all()
 
 
-@pytest.mark.parametrize("ordered", [True, False])
-def test_it_is_far_better_than_rounding_where_inputs_are_correlated(ordered):
+@pytest.mark.parametrize("activation_order", [True, False])
+def test_it_is_far_better_than_rounding_where_inputs_are_correlated(activation_order):
     w, h = problem(64, 256, samples=2000)
     scheme = QuantScheme(4, 64)
-    found = hessian_error(w, *gptq(w, h, scheme, activation_order=ordered), h, scheme).sum()
+    found = hessian_error(w, *gptq(w, h, scheme, activation_order=activation_order), h, scheme).sum()
     scale, _ = numerics.choose_qparams(w, scheme)
     plain = hessian_error(w, numerics.quantize(w, scale, None, scheme), scale, None, h, scheme).sum()
     assert found < 0.5 * plain
