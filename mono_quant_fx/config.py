@@ -107,7 +107,7 @@ class QuantConfig:
         num_calibration_samples: how many samples (along dim 0) of the calibration data are used.
         algorithm: how weights are rounded: "rtn" (to nearest), "clip" (scales searched for the least energy-weighted
             error) or "gptq" (arXiv 2210.17323); the latter two need calibration data. "auto" is "gptq" with data and
-            "rtn" without (docs/accuracy.md says why).
+            "rtn" without (docs/numerics.md says why).
         damping: of GPTQ's Hessian, as a fraction of its mean diagonal.
         activation_order: GPTQ rounds the columns of largest input energy first.
         activations: None leaves them float; "int8" quantizes the inputs of ops with quantized weights, one static

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from mono_quant_fx import graph, ops
-from mono_quant_fx.annotation import QuantAnnotation, annotated, pending, set_annotation
+from mono_quant_fx.annotation import QuantAnnotation, WeightUser, annotated, pending, set_annotation
 from mono_quant_fx.carry import Carry
 from mono_quant_fx.codes import codes_of, restore
 from mono_quant_fx.data import Batch, Prepare, collect
@@ -20,7 +22,7 @@ from mono_quant_fx.errors import CalibrationError
 from mono_quant_fx.pass_base import Pass
 from mono_quant_fx.rewrite import add_constant
 from mono_quant_fx.run import Progress
-from mono_quant_fx.weight_ops import WEIGHT_OPS, Arg, argument, matrix_shape, peel_transposes
+from mono_quant_fx.weight_ops import WEIGHT_OPS, Arg, argument, is_assertion, matrix_shape, peel_transposes
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,9 @@ class BiasCorrection(Pass):
         bias <- bias + E[y - yq]        (arXiv 1906.04721, sec. 4.2; measured as in its appendix D)
 
     where the expectation is over samples and positions, and all ops before are corrected already. INT8 activations are
-    part of yq when activation-lowering ran before. An op without a bias gets one, `<module>.bias`. A matrix product,
-    which has no place for one, and a bias that several ops share stay as they are, and the reason says so.
+    part of yq when activation-lowering ran before. An op without a bias gets one, `<module>.bias`. What takes none (a
+    matrix product), and a bias that several ops share, stays as it is, and the reason says so: errors that differ from
+    call to call have no mean that one bias could take away.
 
     Raises:
         CalibrationError: no data, a batch that does not fit, or a NaN or infinite output; names the node and the batch.
@@ -57,19 +60,19 @@ class BiasCorrection(Pass):
         batches, samples = collect(self.batches, self.num_calibration_samples, self.prepare_batch)
         twin = graph.isolate(gm)
         assert isinstance(twin, fx.GraphModule)
-        places = _places(twin, waiting)
+        obstacles = _obstacles(twin, waiting)
+        places = {name for name, obstacle in obstacles.items() if not obstacle}
         with Progress("correcting biases", len(places), "ops", is_shown=samples > 50) as progress:
             found = _Walk(twin, batches, places, progress).run()
         nodes = {n.name: n for n in gm.graph.nodes}
         for node, annotation in waiting:
-            errors = [found[use.node] for use in annotation.users if use.node in found]
-            for use in annotation.users:
-                if use.node in found:
-                    _fold(gm, nodes[use.node], annotation, found[use.node].shift)
-            left = [use.op for use in annotation.users if use.node not in found and "embedding" not in use.op]
-            why = f"bias not corrected: {left[0]} has no bias of its own" if left else ""
+            uses = [use for use in annotation.users if use.node in found]
+            for use in uses:
+                _fold(gm, nodes[use.node], annotation, use, found[use.node].shift)
+            left = [obstacle for use in annotation.users if (obstacle := obstacles.get(use.node))]
+            why = f"bias not corrected: {left[0]}" if left else ""
             reason = "; ".join(filter(None, (annotation.reason, why)))
-            gain = max((e.gain_db for e in errors), default=0.0)
+            gain = max((found[use.node].gain_db for use in uses), default=0.0)
             set_annotation(node, replace(annotation, reason=reason, bias_gain_db=gain))
 
 
@@ -84,26 +87,24 @@ class _Found:
 class _Walk:
     """Both graphs, all batches, in execution order."""
 
-    def __init__(
-        self, gm: fx.GraphModule, batches: list[Batch], places: dict[fx.Node, QuantAnnotation], progress: Progress
-    ):
+    def __init__(self, gm: fx.GraphModule, batches: list[Batch], places: set[str], progress: Progress):
         self.gm, self.places, self.progress = gm, places, progress
         self.annotations = dict(pending(gm))
-        self.exact = Carry(gm, batches, lambda node: None)
+        self.exact = Carry(gm, batches, self._unrounded)
         self.quantized = Carry(gm, batches, self._rounded)
         self.found: dict[str, _Found] = {}
 
     @torch.no_grad()
     def run(self) -> dict[str, _Found]:
         nodes = list(self.gm.graph.nodes)
-        last = max((i for i, n in enumerate(nodes) if n in self.places), default=-1)
+        last = max((i for i, n in enumerate(nodes) if n.name in self.places), default=-1)
         for node in nodes[: last + 1]:
-            if node.target in (ops.quantize_activation, ops.dequantize_activation):
+            if node.target in _ROUND_TRIP and not self.exact.constant[node]:
                 self.exact.put(node, self.exact.values[node.all_input_nodes[0]])
             else:
                 self.exact.step(node)
             self.quantized.step(node)
-            if node in self.places:
+            if node.name in self.places:
                 self._correct(node)
                 self.progress.advance(1, node.name)
         return self.found
@@ -114,17 +115,16 @@ class _Walk:
         pairs = zip(self.exact.values[node], self.quantized.values[node], strict=True)
         shift, energy, count = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64), 0
         for number, (exact, rounded) in enumerate(pairs):
-            error = (exact.double() - rounded.double()).movedim(_channel_axis(node, exact), 0).flatten(1)
+            error = (_wide(exact) - _wide(rounded)).movedim(_channel_axis(node, exact), 0).flatten(1)
             if not bool(torch.isfinite(error).all()):
                 raise CalibrationError(
                     f"batch {number}: the output of node {node.name!r} holds NaN or infinity; look at this batch, or "
                     "at the ops before this node"
                 )
-            shift, energy, count = shift + error.sum(1), energy + error.square().sum(), count + error.shape[1]
+            shift, count = shift + error.sum(1, dtype=torch.float64), count + error.shape[1]
+            energy = energy + error.square().sum(dtype=torch.float64)
         shift = shift / max(count, 1)
-        left = float(energy - count * shift.square().sum())
-        gain = 10 * math.log10(float(energy) / left) if left > 0 else 0.0
-        self.found[node.name] = _Found(shift, gain)
+        self.found[node.name] = _Found(shift, _gain_db(float(energy), float(count * shift.square().sum())))
         self.quantized.values[node] = [_shifted(y, _channel_axis(node, y), shift) for y in self.quantized.values[node]]
 
     def _rounded(self, node: fx.Node) -> Tensor | None:
@@ -133,51 +133,83 @@ class _Walk:
             return None
         return restore(codes_of(weight, annotation, "bias-correction"), annotation)
 
+    def _unrounded(self, node: fx.Node) -> Tensor | None:
+        """A constant that activation-lowering rounds is itself in the float graph."""
+        if node.target not in _ROUND_TRIP:
+            return None
+        value: Tensor = self.exact.constant_value(node.all_input_nodes[0])
+        return value
 
-def _places(gm: fx.GraphModule, waiting: list[tuple[fx.Node, QuantAnnotation]]) -> dict[fx.Node, QuantAnnotation]:
-    """The ops whose bias can take a correction: it is missing, or a constant [N] that nothing else reads."""
-    nodes = {n.name: n for n in gm.graph.nodes}
-    names = {use.node: annotation for _, annotation in waiting for use in annotation.users}
-    return {nodes[name]: annotation for name, annotation in names.items() if _has_place(gm, nodes[name], annotation)}
+
+_ROUND_TRIP = (ops.quantize_activation, ops.dequantize_activation)
 
 
-def _has_place(gm: fx.GraphModule, node: fx.Node, annotation: QuantAnnotation) -> bool:
+def _gain_db(energy: float, mean: float) -> float:
+    """How far the error's energy falls without its mean's; inf where only the sums' rounding is left."""
+    if energy == 0:
+        return 0.0
+    left = 1 - mean / energy
+    return -10 * math.log10(left) if left > 1e-12 else math.inf
+
+
+def _obstacles(gm: fx.GraphModule, waiting: list[tuple[fx.Node, QuantAnnotation]]) -> dict[str, str]:
+    """Node name -> why its bias cannot take a correction, "" where it can; without embeddings, which have no bias."""
+    nodes, constant = {n.name: n for n in gm.graph.nodes}, graph.constant_nodes(gm)
+    found = {}
+    for _, annotation in waiting:
+        uses = [use for use in annotation.users if "embedding" not in use.op]
+        calls = Counter(use.module for use in uses)
+        for use in uses:
+            node = nodes[use.node]
+            why = f"the input of {use.op} is constant" if constant[node] else ""
+            found[use.node] = why or _obstacle(gm, node, annotation, use, calls[use.module])
+    return found
+
+
+def _obstacle(gm: fx.GraphModule, node: fx.Node, annotation: QuantAnnotation, use: WeightUser, calls: int) -> str:
     at = _bias_at(node)
-    if at is None or any(node.kwargs.get(k, 1) != 1 for k in ("alpha", "beta")):
-        return False
+    if at is None:
+        return f"{use.op} takes none"
+    if node.kwargs.get("beta", 1) != 1:
+        return f"{use.op} scales it"
     bias = argument(node, at)
     if bias is None:
-        return len(annotation.users) == 1
+        return f"{use.op} has none, and is called {calls} times" if calls > 1 else ""
     value = graph.get_tensor(gm, bias) if isinstance(bias, fx.Node) else None
+    if value is None:
+        return "it is computed"
+    readers = sum(not is_assertion(user) for user in bias.users)
+    if readers > 1:
+        return f"{readers} ops share it"
     rows = matrix_shape(annotation.shape, annotation.layout, annotation.groups)[0]
-    return value is not None and tuple(value.shape) == (rows,) and len(bias.users) == 1
+    return "" if tuple(value.shape) == (rows,) else f"its shape is {list(value.shape)}, not [{rows}]"
 
 
 def _bias_at(node: fx.Node) -> Arg | None:
-    """Where an op has its bias; None for an op that takes none, and for an embedding."""
+    """Where an op has its bias; None for an op that takes none."""
     for op in WEIGHT_OPS.get(node.target, ()):
         weight = argument(node, op.weight)
-        if (
-            isinstance(weight, fx.Node)
-            and peel_transposes(weight)[0].op == "get_attr"
-            and "Embedding" not in op.layer_type
-        ):
+        if isinstance(weight, fx.Node) and peel_transposes(weight)[0].op == "get_attr":
             return op.bias
     return None
 
 
-def _fold(gm: fx.GraphModule, node: fx.Node, annotation: QuantAnnotation, shift: Tensor) -> None:
+def _fold(gm: fx.GraphModule, node: fx.Node, annotation: QuantAnnotation, use: WeightUser, shift: Tensor) -> None:
     at = _bias_at(node)
     assert at is not None
-    bias, weight = argument(node, at), graph.get_attribute(gm, annotation.weight)
-    value = torch.zeros_like(shift) if bias is None else graph.get_attribute(gm, str(bias.target)).detach().double()
-    corrected = nn.Parameter((value + shift.to(value.device)).to(weight.dtype), requires_grad=False)
+    bias = argument(node, at)
     if bias is not None:
-        graph.attach(gm, str(bias.target), corrected)
+        name, old = str(bias.target), graph.get_attribute(gm, str(bias.target))
+        value = (old.detach().double() + shift.to(old.device)).to(old.dtype)
+        is_parameter = isinstance(old, nn.Parameter)
+        graph.attach(
+            gm, name, nn.Parameter(value, old.requires_grad) if is_parameter else value, graph.is_persistent(gm, name)
+        )
         return
+    weight = graph.get_attribute(gm, annotation.weight)
+    added = nn.Parameter(shift.to(weight.device, weight.dtype), requires_grad=False)
     with gm.graph.inserting_before(node):
-        bias = add_constant(gm, _free_name(gm, annotation.weight), corrected.to(weight.device), node)
-    _set_argument(node, at, bias)
+        _set_argument(node, at, add_constant(gm, _free_name(gm, annotation.weight, use.module), added, node))
 
 
 def _set_argument(node: fx.Node, at: Arg, value: fx.Node) -> None:
@@ -187,12 +219,12 @@ def _set_argument(node: fx.Node, at: Arg, value: fx.Node) -> None:
         node.update_kwarg(at[1], value)
 
 
-def _free_name(gm: fx.GraphModule, weight: str) -> str:
-    """a.weight -> a.bias; another name where that is taken."""
-    owner = weight.rpartition(".")[0]
-    taken = {name for name, _ in graph.named_tensors(gm)}
-    name = f"{owner}.bias" if owner else f"{weight}_bias"
-    return f"{weight}_correction" if name in taken else name
+def _free_name(gm: fx.GraphModule, weight: str, module: str) -> str:
+    """a.weight -> a.bias, a.w -> a.w_bias; a number follows where that is taken."""
+    name = f"{module}.bias" if module and weight.endswith(".weight") else f"{weight}_bias"
+    taken = {name for name, _ in (*graph.named_tensors(gm), *gm.named_modules())}
+    free = (f"{name}_{i}" if i else name for i in itertools.count())
+    return next(candidate for candidate in free if candidate not in taken)
 
 
 def _channel_axis(node: fx.Node, y: Tensor) -> int:
@@ -204,4 +236,10 @@ def _channel_axis(node: fx.Node, y: Tensor) -> int:
 
 
 def _shifted(y: Tensor, axis: int, shift: Tensor) -> Tensor:
-    return (y.movedim(axis, -1).double() + shift).to(y.dtype).movedim(-1, axis)
+    wide = _wide(y).movedim(axis, -1)
+    return (wide + shift.to(wide.dtype)).to(y.dtype).movedim(-1, axis)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In float32 at least, where the difference of two half-precision outputs keeps its mean."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

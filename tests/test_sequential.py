@@ -72,6 +72,49 @@ class Interleaved(nn.Module):
         return torch.tanh(self.b(torch.tanh(self.a(y)))) + y + x
 
 
+class BetweenUses(nn.Module):
+    """A weight used twice, and in between an op that works in place on a value, and so on a view, from before."""
+
+    def __init__(self, in_place):
+        super().__init__()
+        self.fc, self.out, self.in_place = nn.Linear(64, 64), nn.Linear(64, 64), in_place
+
+    def forward(self, x):
+        y = x + 1
+        view, z = y.view(-1, 64), self.fc(y)
+        if self.in_place:
+            y.add_(z)
+        else:
+            view = y + z
+        return self.out(self.fc(view))
+
+
+def test_what_works_in_place_between_two_uses_does_so_once():
+    torch.manual_seed(0)
+    models, x = [BetweenUses(in_place=True), BetweenUses(in_place=False)], torch.randn(32, 64)
+    models[1].load_state_dict(models[0].state_dict())
+    found, wanted = (hessians(model, [x], "gptq")[0] for model in models)
+    assert torch.equal(found["fc.weight"], wanted["fc.weight"])
+    assert torch.equal(found["out.weight"], wanted["out.weight"])
+
+
+def test_an_input_that_does_not_depend_on_the_data_counts_once_a_batch():
+    class Constant(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(64, 64)
+            self.register_buffer("c", torch.rand(4, 64))
+
+        def forward(self, x):
+            return x + self.fc(self.c * 2) + self.fc(x)
+
+    model, data = Constant(), [torch.randn(4, 64), torch.randn(4, 64)]
+    seen, _ = hessians(model, data)
+    wanted = 2 * energy(2 * model.c) + energy(data[0]) + energy(data[1])
+    torch.testing.assert_close(seen["fc.weight"][0], wanted, rtol=SUM, atol=SUM)
+    mq.quantize(model.eval(), calibration_data=data, config=CONFIG, activations="int8")
+
+
 @pytest.mark.parametrize("algorithm", ["clip", "gptq"])
 @pytest.mark.parametrize("model", [MLP, ConvNet, Reused, Interleaved])
 def test_every_kind_of_graph_is_rounded_better_and_the_contract_holds(model, algorithm):

