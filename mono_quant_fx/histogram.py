@@ -8,6 +8,7 @@ Not exact: where inside its bin a value lies; w is at most 2 / (bins - 2) of the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
@@ -30,7 +31,10 @@ class HistogramObserver(MinMaxObserver):
         axis: as for every observer; one histogram a channel.
         bins: how many; the cut never goes below one bin for each code (half the codes for |x| when symmetric), that is
             1/16 to 1/4 of the range with 2048 bins and 8 bits, and an outlier further out needs more bins.
+        max_cut: the percentage of the values other than zero that may lie outside the range, at least one of them.
 
+    The divergence knows no distances. Without max_cut it draws the range in wherever most values are small: of an
+    activation that ends in a ReLU6, it cut 10% at half the range, and the SQNR of the tensor fell by 30 dB.
     Values that are exactly zero do not take part in the divergence: zero always has a code, and the spike that a ReLU
     leaves there would draw the range in. The count of each bin is exact for any split (see the module's docstring).
 
@@ -46,11 +50,13 @@ class HistogramObserver(MinMaxObserver):
     origin: Tensor
     zeros: Tensor
 
-    def __init__(self, axis: int | None = None, *, bins: int = 2048):
+    def __init__(self, axis: int | None = None, *, bins: int = 2048, max_cut: float = 0.01):
         super().__init__(axis)
         if isinstance(bins, bool) or not isinstance(bins, int) or not 2 <= bins <= 1 << 16:
             raise ConfigError(f"bins={bins!r}: a whole number from 2 to {1 << 16} is needed; 2048 is usual")
-        self.bins = bins
+        if isinstance(max_cut, bool) or not isinstance(max_cut, int | float) or not 0 <= max_cut <= 100:
+            raise ConfigError(f"max_cut={max_cut!r}: a percentage in [0, 100] is needed; 0.01 is usual")
+        self.bins, self.max_cut = bins, max_cut
 
     def reset(self) -> None:
         """Forgets everything."""
@@ -92,10 +98,11 @@ class HistogramObserver(MinMaxObserver):
         def cut(counts: Tensor, origin: int, zeros: int) -> tuple[int, int]:
             counts = counts.clone()
             counts[-origin] -= zeros
+            most = math.ceil(Fraction(str(self.max_cut)) / 100 * int(counts.sum()))
             if symmetric:
-                _, hi = kl_bounds(_folded(counts, origin), 1 << (bits - 1), 0)
+                _, hi = kl_bounds(_folded(counts, origin), 1 << (bits - 1), 0, most)
                 return -hi, hi
-            lo, hi = kl_bounds(counts, 1 << bits, -origin)
+            lo, hi = kl_bounds(counts, 1 << bits, -origin, most)
             return lo + origin, hi + origin
 
         return self._range(cut, symmetric)

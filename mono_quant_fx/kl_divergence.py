@@ -12,7 +12,7 @@ TIE = 1e-9
 BLOCK = 1 << 15
 
 
-def kl_bounds(counts: Tensor, levels: int, zero: int) -> tuple[int, int]:
+def kl_bounds(counts: Tensor, levels: int, zero: int, max_cut: int | None = None) -> tuple[int, int]:
     """Bins [lo, hi), lo <= zero <= hi, of a histogram [n] that `levels` (at least 2) equal steps represent best.
 
     The entropy calibration of TensorRT (S. Migacz, 8-bit Inference with TensorRT, GTC 2017), with a lower end that may
@@ -20,6 +20,8 @@ def kl_bounds(counts: Tensor, levels: int, zero: int) -> tuple[int, int]:
     each step evenly over the step's non-empty bins; the bounds minimize KL(P || Q) = sum P log(P / Q), in which P
     and Q are normalized. A candidate keeps at least one bin a step. An empty end bin that takes a pile enters Q as if
     one value had been counted there (the divergence would be infinite, and an outlier behind a gap could not be cut).
+    No candidate leaves more than `max_cut` counts outside (default: any number): the divergence knows no distances, and
+    alone cuts where values are many, not where the cut is cheap.
 
     With zero = 0 only the upper end moves, over all candidates, as in the talk. Otherwise the search starts from the
     full range and moves the end that gains more until none gains: a local minimum.
@@ -33,7 +35,7 @@ def kl_bounds(counts: Tensor, levels: int, zero: int) -> tuple[int, int]:
     lo, hi = min(zero, int(used[0])), max(zero, int(used[-1]) + 1)
     if hi - lo < levels:
         return lo, hi
-    divergence = _Divergence(counts, levels)
+    divergence = _Divergence(counts, levels, int(counts.sum()) if max_cut is None else max_cut)
     product = torch.cartesian_prod
     best = float(divergence.of(torch.tensor([[lo, hi]])))
     while True:
@@ -51,8 +53,8 @@ def kl_bounds(counts: Tensor, levels: int, zero: int) -> tuple[int, int]:
 class _Divergence:
     """KL(P || Q) of many candidates at once: the sums over bins are differences of prefix sums."""
 
-    def __init__(self, counts: Tensor, levels: int):
-        self.counts, self.levels = counts.cpu().double(), levels
+    def __init__(self, counts: Tensor, levels: int, max_cut: int):
+        self.counts, self.levels, self.max_cut = counts.cpu().double(), levels, max_cut
         self.mass = _prefix(self.counts)
         self.filled = _prefix((self.counts > 0).double())
         self.x_log_x = _prefix(torch.xlogy(self.counts, self.counts))
@@ -81,7 +83,7 @@ class _Divergence:
             p_log_p += torch.xlogy(count + pile, count + pile) - torch.xlogy(count, count)
         p_log_q = torch.xlogy(p_mass, mass / filled.clamp(min=1)).sum(1)  # up to the normalization of Q
         divergence = (p_log_p - p_log_q) / total - torch.log(total) + torch.log(mass.sum(1))
-        return torch.where(kept == 0, float("inf"), divergence)
+        return torch.where((kept == 0) | (below + above > self.max_cut), float("inf"), divergence)
 
 
 def _prefix(x: Tensor) -> Tensor:

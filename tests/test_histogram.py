@@ -161,6 +161,20 @@ ODD = {
 }
 
 
+def test_the_divergence_cuts_no_more_values_than_it_may():
+    torch.manual_seed(0)
+    x = torch.softmax(3 * torch.randn(500, 128), -1)  # most values are small, and the few large ones matter
+    assert seen(x, max_cut=100).value_range(8)[1] < 0.2
+    for max_cut in (0.01, 0.1, 1):
+        high = seen(x, max_cut=max_cut).value_range(8)[1]
+        assert (x > high).sum() <= math.ceil(max_cut / 100 * x.numel())
+    assert mq.create_observer("histogram").max_cut == 0.01
+    few = torch.randn(500)
+    few[0] = 40.0
+    assert seen(few).value_range(8)[1] < 20  # one value may go, however few there are
+    assert seen(few, max_cut=0).value_range(8)[1] == 40
+
+
 @pytest.mark.parametrize("kind", ["histogram", "percentile"])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("values", ODD.values(), ids=ODD)

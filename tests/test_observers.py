@@ -217,6 +217,8 @@ def test_an_unknown_observer_is_answered_with_the_known_ones(name):
         ("moving_average_minmax", {"averaging_constant": float("nan")}, r"^averaging_constant=nan: it must lie in"),
         ("histogram", {"bins": 1}, r"^bins=1: a whole number from 2 to 65536 is needed; 2048 is usual$"),
         ("histogram", {"bins": 2.0}, r"^bins=2.0: a whole number"),
+        ("histogram", {"max_cut": -1}, r"^max_cut=-1: a percentage in \[0, 100\] is needed; 0.01 is usual$"),
+        ("histogram", {"max_cut": True}, r"^max_cut=True: a percentage"),
         ("percentile", {"percentile": 0}, r"^percentile=0: a number in \(0, 100\] is needed; 99.99 is usual$"),
         ("percentile", {"percentile": 100.1}, r"^percentile=100.1: a number"),
     ],
