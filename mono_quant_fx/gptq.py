@@ -5,9 +5,10 @@ X [dcol, samples], lambda the damping, Hinv the Cholesky factor of H^-1 (sec. 3.
 whose updates stay local (step 2), Q the rounded weight, E the block's errors. W and E are held transposed, so that a
 column of the paper lies in one piece.
 
-The paper leaves the scales open. When column j is rounded and its error e is passed on in the best way, the layer's
-output error grows by exactly (e / Hinv[j, j])^2 (the paper's eq. 2), not by e^2 H[j, j]: so 1 / Hinv[j, j]^2 is what
-the scale search weighs column j by.
+The paper leaves the scales open. Here the search weighs column j by its energy H[j, j]. On the calibration inputs the
+exact weight is 1 / Hinv[j, j]^2, what the error of a column costs once the best of it is passed on (the paper's eq. 2).
+That gains another 0.3 dB there, and trusts correlations which other inputs do not share: SmolLM2, calibrated on film
+reviews, ends at a perplexity of 74.3 on newspaper text with it, and at 71.2 with the energy.
 """
 
 from __future__ import annotations
@@ -55,11 +56,9 @@ def gptq(
     descending = torch.argsort(H.diagonal(), descending=True, stable=True)
     order = descending if activation_order else torch.arange(columns, device=weight.device)
     Hinv = _inverse_factor(H, damping, order)
-    cost = torch.empty_like(Hinv[0])
-    cost[order] = Hinv.diagonal().square().reciprocal()
     W, found = weight, []
     for _ in range(rounds):
-        scale, zero_point = search_qparams(W, scheme, cost)
+        scale, zero_point = search_qparams(W, scheme, H.diagonal())
         codes, updated = _walk(weight, Hinv, order, scale, zero_point, scheme)
         plain = numerics.quantize(weight.float(), scale, zero_point, scheme)
         found += [(codes, scale, zero_point), (plain, scale, zero_point)]
