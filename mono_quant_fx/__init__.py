@@ -21,6 +21,7 @@ from mono_quant_fx.errors import (
 )
 from mono_quant_fx.metrics import max_abs_error, relative_error, sqnr_db
 from mono_quant_fx.modules import QuantizedLinearInt4
+from mono_quant_fx.native import Kernels, PerformanceWarning, kernels
 from mono_quant_fx.numerics import QuantizedWeight, quantize_weight_int4
 from mono_quant_fx.observers import (
     HistogramObserver,
@@ -57,6 +58,7 @@ __all__ = [
     "ExperimentalWarning",
     "HistogramObserver",
     "InputEnergyObserver",
+    "Kernels",
     "MinMaxObserver",
     "MonoQuantError",
     "MovingAverageMinMaxObserver",
@@ -67,6 +69,7 @@ __all__ = [
     "PassResult",
     "PatternError",
     "PercentileObserver",
+    "PerformanceWarning",
     "Pipeline",
     "PostconditionError",
     "PreconditionError",
@@ -85,6 +88,7 @@ __all__ = [
     "dequantize_model",
     "diff_graphs",
     "format_graph",
+    "kernels",
     "max_abs_error",
     "measure_accuracy",
     "passes",

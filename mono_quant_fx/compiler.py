@@ -58,7 +58,9 @@ def default_pipeline(
             measure += (ActivationLowering(),)
         if config.bias_correction:
             measure += (BiasCorrection(batches, config.num_calibration_samples),)
-    return Pipeline((SkipAnnotation(config), *measure, Int4GroupwiseLowering(), DequantFusion()), callback)
+    return Pipeline(
+        (SkipAnnotation(config), *measure, Int4GroupwiseLowering(), DequantFusion(config.compute)), callback
+    )
 
 
 def quantize(

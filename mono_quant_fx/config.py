@@ -26,6 +26,7 @@ DEFAULT_INT4_SKIP: Mapping[str, Any] = {
 }
 
 FALLBACKS = ("int8", "shrink", "skip", "error")
+COMPUTE = ("auto", "float32", "bfloat16")
 OBSERVERS = ("minmax", "moving_average_minmax", "histogram", "percentile", "auto")
 
 
@@ -115,6 +116,8 @@ class QuantConfig:
         activation_symmetric: activation codes around zero, instead of with a zero point.
         observer: what measures those ranges: a name that create_observer knows (see docs/observers.md), or "auto".
         bias_correction: folds the mean output error that rounding leaves into the biases (arXiv 1906.04721).
+        compute: how INT4 linears multiply float32 and float16 inputs. "bfloat16" rounds the inputs first, "float32" does
+            not, and "auto" does where the CPU multiplies bfloat16 faster (docs/kernels.md has the cost).
         accuracy_warning: "warn", "error" (raise AccuracyError on a critical finding) or "ignore".
         sqnr_warning_threshold: dB below which a node is reported.
         sqnr_error_threshold: dB below which a node is critical.
@@ -150,6 +153,7 @@ class QuantConfig:
     activation_symmetric: bool = False
     observer: str = "minmax"
     bias_correction: bool = False
+    compute: str = "auto"
     accuracy_warning: str = "warn"
     sqnr_warning_threshold: float = 20.0
     sqnr_error_threshold: float = 10.0
@@ -172,6 +176,7 @@ class QuantConfig:
         positive("damping", self.damping)
         choice("activations", self.activations, (None, "int8"))
         choice("observer", self.observer, OBSERVERS)
+        choice("compute", self.compute, COMPUTE)
         choice("accuracy_warning", self.accuracy_warning, ("warn", "error", "ignore"))
         whole("skip_param_threshold", self.skip_param_threshold, 0)
         whole("num_calibration_samples", self.num_calibration_samples, 1)

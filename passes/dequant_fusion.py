@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import fx
 
 from mono_quant_fx import graph, ops
+from mono_quant_fx.checks import choice
+from mono_quant_fx.config import COMPUTE
 from mono_quant_fx.layer_inputs import conv_window
 from mono_quant_fx.pass_base import Pass
 from mono_quant_fx.weight_ops import Arg, argument, is_transpose, peel_transposes
@@ -54,9 +56,19 @@ class DequantFusion(Pass):
         dequantize_activation(x)   dequantize_int8(w)    conv      w8a8_conv
 
     What is no such pair (an INT4 convolution, say) keeps its dequantize nodes.
+
+    Args:
+        compute: what int4_linear gets: "auto", "float32" or "bfloat16" (see QuantConfig).
+
+    Raises:
+        ConfigError: another value of compute.
     """
 
     name: ClassVar[str] = "dequant-fusion"
+    compute: str = "auto"
+
+    def __post_init__(self) -> None:
+        choice("compute", self.compute, COMPUTE)
 
     def rewrite(self, gm: fx.GraphModule) -> None:
         """Every linear that reads a dequantized weight, and every convolution that reads INT8 on both sides."""
@@ -64,7 +76,7 @@ class DequantFusion(Pass):
             if node.op not in ("call_function", "call_method"):
                 continue
             if node.target in LINEARS:
-                _try_linear(gm, node, LINEARS[node.target])
+                _try_linear(gm, node, LINEARS[node.target], self.compute)
             elif node.target in CONVS:
                 _try_conv(node, CONVS[node.target])
 
@@ -76,17 +88,17 @@ class DequantFusion(Pass):
         return None
 
 
-def _try_linear(gm: fx.GraphModule, node: fx.Node, rule: Linear) -> None:
+def _try_linear(gm: fx.GraphModule, node: fx.Node, rule: Linear, compute: str) -> None:
     weight = argument(node, rule.weight)
     if not isinstance(weight, fx.Node):
         return
     source, odd = peel_transposes(weight)
     if source.target in (ops.dequantize_int4, ops.dequantize_int8) and odd is rule.transposed:
-        _fuse(node, rule, source)
+        _fuse(node, rule, source, compute)
         _erase_unused(gm, weight)
 
 
-def _fuse(node: fx.Node, rule: Linear, dequantize: fx.Node) -> None:
+def _fuse(node: fx.Node, rule: Linear, dequantize: fx.Node, compute: str) -> None:
     x, bias = argument(node, rule.input), argument(node, rule.bias) if rule.bias else None
     if any(node.kwargs.get(k, 1) != 1 for k in ("alpha", "beta")) or not isinstance(x, fx.Node):
         return
@@ -94,6 +106,8 @@ def _fuse(node: fx.Node, rule: Linear, dequantize: fx.Node) -> None:
         return
     is_int4, is_static = dequantize.target is ops.dequantize_int4, x.target is ops.dequantize_activation
     sizes = dequantize.args[3:4] if is_int4 else ()  # the group size; the columns follow from x
+    if is_int4 and compute != "auto":
+        sizes += (compute,)
     op = (ops.w4a8_linear if is_int4 else ops.w8a8_linear) if is_static else None
     op = op or (ops.int4_linear if is_int4 else ops.int8_linear)
     _retarget(node, op, (*(x.args if is_static else (x,)), *dequantize.args[:3], bias, *sizes))

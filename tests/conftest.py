@@ -15,6 +15,21 @@ except ModuleNotFoundError as e:  # the checkout was found first, and it has no 
         "pip install torch==2.13.0 -e '.[test]'"
     ) from e
 
+from mono_quant_fx import native
+
+
+@pytest.fixture(autouse=True)
+def _kernel(request, monkeypatch):
+    """Tests compare figures to the last digit, and pages print them, so torch computes, the same on every machine.
+
+    Real models (slow) run what this machine is fastest with, and tests/ops/test_kernels.py names the path it means.
+    """
+    path = "auto" if request.node.get_closest_marker("slow") else "torch"
+    monkeypatch.setenv(native.VARIABLE, path)
+    native.path.cache_clear()
+    yield
+    native.path.cache_clear()
+
 
 @pytest.fixture(autouse=True)
 def _seeded():

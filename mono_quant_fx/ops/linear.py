@@ -7,12 +7,14 @@ exists whole in the forward; the backward (with respect to x and bias) dequantiz
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mono_quant_fx import numerics
+from mono_quant_fx.config import COMPUTE
+from mono_quant_fx.ops import ways
 from mono_quant_fx.ops.dequantize import check_int4, check_int8, dequantize_int4, dequantize_int8
 from mono_quant_fx.ops.registry import register
 
@@ -28,6 +30,24 @@ def _check_input(x: Tensor, rows: int, bias: Tensor | None) -> None:
     )
 
 
+class _Int4(NamedTuple):
+    """int4_linear's arguments."""
+
+    x: Tensor
+    packed: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    bias: Tensor | None
+    group_size: int
+    compute: str = "auto"
+
+    def check(self) -> None:
+        """Raises RuntimeError unless they belong together."""
+        _check_input(self.x, self.packed.shape[0], self.bias)
+        check_int4(self.packed, self.scale, self.zero_point, self.group_size, self.x.shape[-1])
+        torch._check(self.compute in COMPUTE, lambda: f"compute={self.compute!r}: one of {', '.join(COMPUTE)} needed")
+
+
 def _tiled_linear(x: Tensor, rows: int, bias: Tensor | None, tile: Callable[[slice], Tensor]) -> Tensor:
     flat = x.reshape(-1, x.shape[-1])
     out = flat.new_empty(flat.shape[0], rows)
@@ -39,12 +59,13 @@ def _tiled_linear(x: Tensor, rows: int, bias: Tensor | None, tile: Callable[[sli
     return out.view(*x.shape[:-1], rows)
 
 
-def _int4(
-    x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, group_size: int
-) -> Tensor:
-    _check_input(x, packed.shape[0], bias)
+def _int4(*arguments: Any) -> Tensor:
+    call = _Int4(*arguments)
+    call.check()
+    x, packed, scale, zero_point, bias, group_size, compute = call
+    if compute == "bfloat16":
+        x = x.bfloat16().to(x.dtype)
     rows, columns = packed.shape[0], x.shape[-1]
-    check_int4(packed, scale, zero_point, group_size, columns)
     width = packed.shape[1] * 8
     scratch = scale.new_empty(min(rows, max(1, numerics.TILE // max(1, columns))), width)
 
@@ -55,12 +76,18 @@ def _int4(
     return _tiled_linear(x, rows, bias, tile)
 
 
-def _int4_fake(
-    x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, group_size: int
-) -> Tensor:
-    _check_input(x, packed.shape[0], bias)
-    check_int4(packed, scale, zero_point, group_size, x.shape[-1])
-    return x.new_empty(*x.shape[:-1], packed.shape[0])
+def _int4_cpu(*arguments: Any) -> Tensor:
+    call = _Int4(*arguments)
+    call.check()
+    weight = numerics.QuantizedWeight(*call[1:4])
+    out = ways.int4_linear(call.x, weight, call.bias, call.group_size, call.compute)
+    return _int4(*arguments) if out is None else out
+
+
+def _int4_fake(*arguments: Any) -> Tensor:
+    call = _Int4(*arguments)
+    call.check()
+    return call.x.new_empty(*call.x.shape[:-1], call.packed.shape[0])
 
 
 def _check_int8(x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None) -> None:
@@ -95,7 +122,7 @@ def _gradients(grad: Tensor, needs: tuple[bool, ...], bias_at: int, weight: Call
 
 
 def _int4_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, packed, scale, zero_point, _, group_size = inputs
+    x, packed, scale, zero_point, _, group_size, *_ = inputs
     ctx.save_for_backward(packed, scale, zero_point)
     ctx.group_size, ctx.columns = group_size, x.shape[-1]
 
@@ -121,11 +148,12 @@ def _int8_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 int4_linear = register(
     "int4_linear(Tensor x, Tensor weight_packed, Tensor weight_scale, Tensor? weight_zero_point, Tensor? bias, "
-    "int group_size) -> Tensor",
+    "int group_size, str compute='auto') -> Tensor",
     _int4,
     _int4_fake,
     _int4_backward,
     _int4_setup,
+    _int4_cpu,
 )
 int8_linear = register(
     "int8_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? weight_zero_point, Tensor? bias) -> Tensor",

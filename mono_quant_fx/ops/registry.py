@@ -17,11 +17,17 @@ def register(
     fake: Callable[..., Any],
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., None] | None = None,
+    cpu: Callable[..., Any] | None = None,
 ) -> torch._ops.OpOverload:
-    """Defines `schema` ("name(Tensor x, ...) -> Tensor") with its reference for all devices; returns the overload."""
+    """Defines `schema` ("name(Tensor x, ...) -> Tensor") with its reference for all devices; returns the overload.
+
+    `cpu` is the implementation for that device, where it is another.
+    """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
     _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    if cpu is not None:
+        _LIBRARY.impl(name, cpu, "CPU")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
     if backward is not None:
         torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_LIBRARY)

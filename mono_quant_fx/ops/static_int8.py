@@ -63,13 +63,18 @@ def _linear_fake(*arguments: Any) -> Tensor:
 
 def _int4_linear(*arguments: Any) -> Tensor:
     x, weight, bias = _operands(arguments)
-    _check_int4_linear(x, weight, bias, arguments[-1])
-    return int4_linear(x.values(weight.weight_scale.dtype), *weight, bias, arguments[-1])
+    _check_int4_linear(x, weight, bias, arguments[7])
+    scale = weight.weight_scale
+    # whole numbers up to 255 are exact in bfloat16 as well, so that the scale of x comes last
+    dtype = torch.promote_types(scale.dtype, torch.float32)
+    steps = x.codes.to(dtype) - x.zero_point.to(dtype)
+    out = int4_linear(steps, *weight, None, *arguments[7:]) * x.scale.to(dtype)
+    return (out if bias is None else out + bias).to(scale.dtype)
 
 
 def _int4_linear_fake(*arguments: Any) -> Tensor:
     x, weight, bias = _operands(arguments)
-    _check_int4_linear(x, weight, bias, arguments[-1])
+    _check_int4_linear(x, weight, bias, arguments[7])
     return weight.weight_scale.new_empty(*x.codes.shape[:-1], weight.weight_packed.shape[0])
 
 
@@ -148,7 +153,7 @@ w8a8_linear = register(
 )
 w4a8_linear = register(
     f"w4a8_linear({_INPUT}, Tensor weight_packed, Tensor weight_scale, Tensor? weight_zero_point, Tensor? bias, "
-    "int group_size) -> Tensor",
+    "int group_size, str compute='auto') -> Tensor",
     _int4_linear,
     _int4_linear_fake,
 )

@@ -1,0 +1,129 @@
+/* int4_linear in fp32, for any length of vectors. The including file sets the target and defines
+ *
+ *   LANES, vec, ivec       32-bit lanes, and their float and integer vectors
+ *   V(name)                the intrinsic of that name: V(add_ps)
+ *   load_ints, load_some   LANES integers; the first n of them and zeros
+ *   decode(words, i)       code i of each word, -8..7, as float
+ *   permute, gather, sum   values[index of each lane], from a vector or from memory; the sum of the lanes
+ *
+ * A block is LANES words, 8 LANES columns; lane l belongs to word l, so that one vector of scales serves any group size
+ * that is a multiple of 8. x becomes fp32 in that order once a call: vector i of a block holds columns 8 l + i.
+ */
+#include "linear.h"
+
+enum { WIDE = 4, CHUNK_BYTES = 1 << 19 };
+
+INLINE vec of_lanes(const lanes *l, int kind, const float *values, int64_t b) {
+    if (kind == ONE) return V(set1_ps)(values[b / l->span]);
+    if (kind == SPREAD) return permute(load_ints(l->spread), V(loadu_ps)(values + b * l->per_block));
+    return gather(load_ints(l->lookup + LANES * b), values);
+}
+
+/* Rows [first, first + rows) of x: xs[row][block][8][LANES], zeros behind the last column. */
+static void shuffle_x(const mq_linear *a, int64_t first, int64_t rows, float *xs) {
+    const int64_t whole = a->columns / 8, words = blocks_of(a) * LANES;
+    for (int64_t m = 0; m < rows; m++, xs += words * 8) {
+        const char *row = (const char *)a->x + (first + m) * a->x_stride * size_of(a->x_type);
+        for (int64_t w = 0; w < words; w++) {
+            float v[8] = {0};
+            if (w < whole)
+                _mm256_storeu_ps(v, load8(row, a->x_type, w * 8));
+            else
+                for (int64_t k = w * 8; k < a->columns; k++) v[k - w * 8] = load1(row, a->x_type, k);
+            for (int i = 0; i < 8; i++) xs[(w / LANES * 8 + i) * LANES + w % LANES] = v[i];
+        }
+    }
+}
+
+typedef struct {
+    const mq_linear *a;
+    const lanes *l;
+    const float *xs;
+    const qparams *q;
+    int64_t first; /* the row of x that xs begins with */
+} task;
+
+/* Rows m.. of xs by rows n.. of the weight. */
+INLINE void multiply(const task *t, int64_t m, int64_t n, const int rows, const int height, const int kind,
+                     const int shifted) {
+    const mq_linear *a = t->a;
+    const int64_t blocks = blocks_of(a), words = words_of(a), pitch = t->q->pitch;
+    vec total[WIDE][2];
+    UNROLL for (int i = 0; i < rows; i++) UNROLL for (int h = 0; h < height; h++) total[i][h] = V(setzero_ps)();
+    for (int64_t b = 0; b < blocks; b++) {
+        const float *x = t->xs + (m * blocks + b) * 8 * LANES;
+        vec scale[2], zero[2];
+        ivec w[2];
+        UNROLL for (int h = 0; h < height; h++) {
+            const uint8_t *at = a->packed + ((n + h) * words + b * LANES) * 4;
+            w[h] = (b + 1) * LANES <= words ? load_ints(at) : load_some(at, (int)(words - b * LANES));
+            _mm_prefetch((const char *)(at + height * words * 4), _MM_HINT_T0);
+            scale[h] = of_lanes(t->l, kind, t->q->scale + h * pitch, b);
+            if (shifted) zero[h] = of_lanes(t->l, kind, t->q->zero + h * pitch, b);
+        }
+        UNROLL for (int i = 0; i < 8; i++) {
+            vec q[2];
+            UNROLL for (int h = 0; h < height; h++) {
+                q[h] = decode(w[h], i);
+                if (shifted) q[h] = V(sub_ps)(q[h], zero[h]);
+                q[h] = V(mul_ps)(q[h], scale[h]);
+            }
+            UNROLL for (int r = 0; r < rows; r++) {
+                vec v = V(loadu_ps)(x + (r * blocks * 8 + i) * LANES);
+                UNROLL for (int h = 0; h < height; h++) total[r][h] = V(fmadd_ps)(q[h], v, total[r][h]);
+            }
+        }
+    }
+    UNROLL for (int i = 0; i < rows; i++) UNROLL for (int h = 0; h < height; h++)
+        store_result(a, t->first + m + i, n + h, sum(total[i][h]));
+}
+
+#define SIZE(ROWS, HEIGHT)                                                                                             \
+    static void multiply_##ROWS##_##HEIGHT(const task *t, int64_t m, int64_t n) {                                      \
+        if (t->l->kind == ONE && !t->a->zero)                                                                          \
+            multiply(t, m, n, ROWS, HEIGHT, ONE, 0);                                                                   \
+        else if (t->l->kind == ONE)                                                                                    \
+            multiply(t, m, n, ROWS, HEIGHT, ONE, 1);                                                                   \
+        else if (t->l->kind == SPREAD)                                                                                 \
+            multiply(t, m, n, ROWS, HEIGHT, SPREAD, t->a->zero != NULL);                                               \
+        else                                                                                                           \
+            multiply(t, m, n, ROWS, HEIGHT, LOOKUP, t->a->zero != NULL);                                               \
+    }
+SIZE(1, 2) SIZE(2, 2) SIZE(3, 2) SIZE(4, 2) SIZE(1, 1) SIZE(2, 1) SIZE(3, 1) SIZE(4, 1)
+
+static int multiply_share(const mq_linear *a, const lanes *l, const float *xs, int64_t first, int64_t rows,
+                          int64_t from, int64_t to) {
+    typedef void (*size)(const task *, int64_t, int64_t);
+    static const size sizes[2][WIDE] = {{multiply_1_1, multiply_2_1, multiply_3_1, multiply_4_1},
+                                        {multiply_1_2, multiply_2_2, multiply_3_2, multiply_4_2}};
+    qparams q;
+    task t = {a, l, xs, &q, first};
+    if (!new_qparams(a, 2, &q)) return 0;
+    for (int64_t n = from; n < to; n += 2) {
+        const int height = to - n < 2 ? 1 : 2;
+        for (int h = 0; h < height; h++) load_qparams(a, n + h, h, &q);
+        for (int64_t m = 0; m < rows; m += WIDE) sizes[height - 1][least(WIDE, rows - m) - 1](&t, m, n);
+    }
+    free(q.scale);
+    return 1;
+}
+
+static int int4_linear(const mq_linear *a) {
+    const int64_t row_bytes = blocks_of(a) * 8 * LANES * 4, fitting = CHUNK_BYTES / row_bytes / WIDE * WIDE;
+    const int64_t chunk = least(a->rows, fitting < 4 * WIDE ? 4 * WIDE : fitting);
+    lanes l;
+    float *xs = aligned_alloc(64, chunk * row_bytes);
+    int ready = find_lanes(a, &l) && xs;
+    for (int64_t m = 0; ready && m < a->rows; m += chunk) {
+        int64_t rows = least(chunk, a->rows - m);
+        shuffle_x(a, m, rows, xs);
+#pragma omp parallel for num_threads(a->threads) schedule(static) if (a->threads > 1) reduction(&& : ready)
+        for (int t = 0; t < a->threads; t++) {
+            int64_t from, to;
+            share_of(a, 4, t, &from, &to);
+            ready = ready && multiply_share(a, &l, xs, m, rows, from, to);
+        }
+    }
+    free(xs), free(l.lookup);
+    return ready ? 0 : -1;
+}

@@ -1,0 +1,201 @@
+"""The compiled kernels: found, chosen by what the CPU can do, and called through ctypes.
+
+They are optional at install. Without them, and for what they do not take, the operators run in torch, which is slower
+and gives the same results up to rounding. kernels() tells which path runs, and why.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mono_quant_fx.errors import ConfigError
+
+#: From the slowest to the fastest; the place of a name is what the library's mq_cpu() returns.
+PATHS = ("torch", "avx2", "avx512", "avx512_bf16")
+#: Forces a path; it must be one that this machine can run.
+VARIABLE = "MONO_QUANT_FX_KERNEL"
+#: The numbers by which the library knows the types of elements.
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+class PerformanceWarning(UserWarning):
+    """A slower path than the fastest possible one is taken; the message says why, once."""
+
+
+class _Linear(ctypes.Structure):
+    """mq_linear of kernels/api.h."""
+
+    _fields_: Sequence[tuple[str, type]] = [
+        *((name, ctypes.c_void_p) for name in ("x", "packed", "scale", "zero", "bias", "out")),
+        *((name, ctypes.c_int64) for name in ("rows", "columns", "outputs", "group", "x_stride", "out_stride")),
+        *((name, ctypes.c_int32) for name in ("x_type", "scale_type", "bias_type", "out_type", "threads", "few")),
+    ]  # fmt: skip
+
+
+class _Dequantize(ctypes.Structure):
+    """mq_dequantize of kernels/api.h."""
+
+    _fields_: Sequence[tuple[str, type]] = [
+        *((name, ctypes.c_void_p) for name in ("codes", "scale", "zero", "out")),
+        *((name, ctypes.c_int64) for name in ("columns", "outputs", "group", "out_stride")),
+        *((name, ctypes.c_int32) for name in ("scale_type", "out_type", "threads")),
+    ]
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """What runs the INT4 and INT8 operators on this CPU.
+
+    Attributes:
+        active: one of PATHS.
+        why: the reason, in words.
+        available: the paths that this machine can run.
+    """
+
+    active: str
+    why: str
+    available: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.active}: {self.why} (available: {', '.join(self.available)})"
+
+
+def kernels() -> Kernels:
+    """Which path the operators take on the CPU, and why.
+
+    The environment variable MONO_QUANT_FX_KERNEL, set before the first quantized operator runs, forces one.
+
+    Raises:
+        ConfigError: the variable names no path, or one that this machine cannot run.
+
+    >>> kernels().active in kernels().available
+    True
+    """
+    return _choose(os.environ.get(VARIABLE, "auto"))
+
+
+@functools.cache
+def _choose(asked: str) -> Kernels:
+    library, missing = _library()
+    best = library.mq_cpu() if library is not None else 0
+    available = PATHS[: best + 1]
+    if asked in available:
+        return Kernels(asked, f"{VARIABLE}={asked}", available)
+    if asked != "auto":
+        known = "no path" if asked not in PATHS else "a path that this machine cannot run"
+        why = f"; {missing}" if missing and asked in PATHS else ""
+        raise ConfigError(f"{VARIABLE}={asked}: {known}; available: auto, {', '.join(available)}{why}")
+    why = missing or ("the widest instructions that this CPU has" if best else "the CPU lacks AVX2, FMA or F16C")
+    return Kernels(available[-1], why, available)
+
+
+@functools.cache
+def _library() -> tuple[ctypes.CDLL | None, str]:
+    """The library, or None and the reason."""
+    folder = Path(__file__).parent
+    found = [folder / f"_kernels{suffix}" for suffix in EXTENSION_SUFFIXES if (folder / f"_kernels{suffix}").exists()]
+    if not found:
+        return (
+            None,
+            "the kernels were not compiled when mono_quant_fx was installed (a C compiler with OpenMP builds them)",
+        )
+    try:
+        return ctypes.CDLL(str(found[0])), ""
+    except OSError as e:
+        return None, f"{found[0].name} does not load: {e}"
+
+
+@functools.cache
+def path() -> str:
+    """The active path; the environment variable is read at the first call."""
+    return kernels().active
+
+
+@functools.cache  # once, unless the warning is turned into an error
+def say_slow() -> None:
+    """Says that torch runs what a compiled kernel would run faster, unless that was asked for."""
+    if os.environ.get(VARIABLE, "auto") == "auto":
+        why = kernels().why
+        warnings.warn(
+            f"INT4 and INT8 operators run in torch, which is slower than float: {why}", PerformanceWarning, stacklevel=2
+        )
+
+
+def takes(*tensors: Tensor | None) -> bool:
+    """Whether the library can read these: on the CPU, in one piece, of a known type (codes aside)."""
+    return all(t is None or (t.is_contiguous() and (t.dtype in TYPES or not t.is_floating_point())) for t in tensors)
+
+
+def int4_linear(
+    way: str,
+    x: Tensor,
+    stored: tuple[Tensor, Tensor, Tensor | None],
+    bias: Tensor | None,
+    group_size: int,
+    out: Tensor,
+    few: int = 0,
+) -> None:
+    """out [M, N] = x [M, K] @ dequantized.T + bias, by the path `way`; see kernels/api.h.
+
+    Args:
+        x: float32, bfloat16 or float16, its rows in one piece.
+        stored: weight_packed [N, ceil(K/8)], weight_scale, weight_zero_point: checked, and such that takes() holds.
+        out: of any of the three types.
+        few: rows of x up to which avx512_bf16 scales sums of products of codes instead of scaling the codes.
+
+    Raises:
+        MemoryError: the scratch (a copy of x, or of 2^19 bytes of it) does not fit.
+    """
+    packed, scale, zero_point = stored
+    arguments = _Linear(
+        x.data_ptr(), packed.data_ptr(), scale.data_ptr(),
+        None if zero_point is None else zero_point.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        out.data_ptr(), *x.shape, packed.shape[0], group_size, x.stride(0), out.stride(0),
+        TYPES[x.dtype], TYPES[scale.dtype], 0 if bias is None else TYPES[bias.dtype], TYPES[out.dtype],
+        torch.get_num_threads(), few,
+    )  # fmt: skip
+    _check(_entry(f"mq_int4_{way}")(ctypes.byref(arguments)))
+
+
+def dequantize(
+    bits: int, stored: tuple[Tensor, Tensor, Tensor | None], group_size: int, out: Tensor, first: int = 0
+) -> None:
+    """Rows first, first + 1, ... of a stored weight to `out` [rows, K] of any of the three types.
+
+    Args:
+        bits: 4 or 8. stored: as takes() wants them; INT8 codes are [N, K], with one group a row.
+    """
+    codes, scale, zero_point = stored
+    rows, groups = out.shape[0], scale.shape[1]
+    zero = None if zero_point is None else zero_point.data_ptr() + first * groups
+    arguments = _Dequantize(
+        codes.data_ptr() + first * codes.stride(0) * codes.element_size(),
+        scale.data_ptr() + first * groups * scale.element_size(),
+        zero, out.data_ptr(), out.shape[1], rows, group_size, out.stride(0),
+        TYPES[scale.dtype], TYPES[out.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    _check(_entry(f"mq_dequantize_int{bits}")(ctypes.byref(arguments)))
+
+
+@functools.cache
+def _entry(name: str) -> Any:
+    library, why = _library()
+    assert library is not None, why
+    return getattr(library, name)
+
+
+def _check(status: int) -> None:
+    if status != 0:
+        raise MemoryError("the INT4 kernel could not get memory for its scratch")
