@@ -116,8 +116,8 @@ class QuantConfig:
         activation_symmetric: activation codes around zero, instead of with a zero point.
         observer: what measures those ranges: a name that create_observer knows (see docs/observers.md), or "auto".
         bias_correction: folds the mean output error that rounding leaves into the biases (arXiv 1906.04721).
-        compute: how INT4 linears multiply float32 and float16 inputs. "bfloat16" rounds the inputs first, "float32" does
-            not, and "auto" does where the CPU multiplies bfloat16 faster (docs/kernels.md has the cost).
+        compute: how INT4 linears multiply float32 and float16 inputs. "bfloat16" rounds the inputs first, "float32"
+            does not, and "auto" does where the CPU multiplies bfloat16 faster (docs/kernels.md has the cost).
         accuracy_warning: "warn", "error" (raise AccuracyError on a critical finding) or "ignore".
         sqnr_warning_threshold: dB below which a node is reported.
         sqnr_error_threshold: dB below which a node is critical.

@@ -22,6 +22,7 @@ LAYERS = [
     {"checks"},
     {"config"},
     {"numerics", "metrics"},
+    {"native"},
     {"ops"},
     {"graph", "clip"},
     {"gptq"},
