@@ -154,8 +154,8 @@ SIZE(1, 1) SIZE(2, 1) SIZE(3, 1) SIZE(4, 1) SIZE(5, 1) SIZE(6, 1)
 static int multiply_few(const mq_linear *a, const lanes *l, const __m512i *xs, const __m512 *sums, int64_t from,
                          int64_t to) {
     typedef void (*size)(const few_rows *, int64_t, int64_t);
-    static const size several[] = {few_1_4, few_2_4, few_3_2, few_4_2, few_5_2, few_6_2};
-    static const size single[] = {few_1_1, few_2_1, few_3_1, few_4_1, few_5_1, few_6_1};
+    static const size sizes[2][6] = {{few_1_1, few_2_1, few_3_1, few_4_1, few_5_1, few_6_1},
+                                     {few_1_4, few_2_4, few_3_2, few_4_2, few_5_2, few_6_2}};
     int64_t parts = ceil_div(a->rows, 6), height = a->rows <= 2 ? 4 : 2;
     qparams q;
     few_rows f = {a, l, xs, sums, &q};
@@ -165,7 +165,7 @@ static int multiply_few(const mq_linear *a, const lanes *l, const __m512i *xs, c
         for (int64_t h = 0; h < rows; h++) load_qparams(a, n + h, h, &q);
         for (int64_t m = 0, p = 0; p < parts; p++) {
             int64_t some = (a->rows - m) / (parts - p);
-            (rows == 1 ? single : several)[some - 1](&f, m, n);
+            sizes[rows > 1][some - 1](&f, m, n);
             m += some;
         }
         n += rows;
