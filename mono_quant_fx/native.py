@@ -137,8 +137,8 @@ def takes(*tensors: Tensor | None) -> bool:
     return all(t is None or (t.is_contiguous() and (t.dtype in TYPES or not t.is_floating_point())) for t in tensors)
 
 
-def int4_linear(
-    way: str,
+def linear(
+    kernel: str,
     x: Tensor,
     stored: tuple[Tensor, Tensor, Tensor | None],
     bias: Tensor | None,
@@ -146,11 +146,13 @@ def int4_linear(
     out: Tensor,
     few: int = 0,
 ) -> None:
-    """out [M, N] = x [M, K] @ dequantized.T + bias, by the path `way`; see kernels/api.h.
+    """out [M, N] = x [M, K] @ dequantized.T + bias; see kernels/api.h.
 
     Args:
+        kernel: "int4_avx2" and so on.
         x: float32, bfloat16 or float16, its rows in one piece.
-        stored: weight_packed [N, ceil(K/8)], weight_scale, weight_zero_point: checked, and such that takes() holds.
+        stored: weight_packed [N, ceil(K/8)] (INT8: [N, K]), weight_scale, weight_zero_point: checked, and such that
+            takes() holds.
         out: of any of the three types.
         few: rows of x up to which avx512_bf16 scales sums of products of codes instead of scaling the codes.
 
@@ -166,7 +168,7 @@ def int4_linear(
         TYPES[x.dtype], TYPES[scale.dtype], 0 if bias is None else TYPES[bias.dtype], TYPES[out.dtype],
         torch.get_num_threads(), few,
     )  # fmt: skip
-    _check(_entry(f"mq_int4_{way}")(ctypes.byref(arguments)))
+    _check(_entry(f"mq_{kernel}")(ctypes.byref(arguments)))
 
 
 def dequantize(
@@ -198,4 +200,4 @@ def _entry(name: str) -> Any:
 
 def _check(status: int) -> None:
     if status != 0:
-        raise MemoryError("the INT4 kernel could not get memory for its scratch")
+        raise MemoryError("a quantized linear could not get memory for its scratch")

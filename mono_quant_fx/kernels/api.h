@@ -37,6 +37,10 @@ MQ_EXPORT int mq_cpu(void);
 MQ_EXPORT int mq_int4_avx512_bf16(const mq_linear *a);
 MQ_EXPORT int mq_int4_avx512(const mq_linear *a);
 MQ_EXPORT int mq_int4_avx2(const mq_linear *a);
+/* The same with INT8 codes [outputs][columns] at `packed`, and one group a row. */
+MQ_EXPORT int mq_int8_avx512(const mq_linear *a);
+MQ_EXPORT int mq_int8_avx2(const mq_linear *a);
+
 MQ_EXPORT int mq_dequantize_int4(const mq_dequantize *a);
 MQ_EXPORT int mq_dequantize_int8(const mq_dequantize *a);
 

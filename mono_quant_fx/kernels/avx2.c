@@ -1,4 +1,4 @@
-/* int4_linear in fp32 with AVX2 and FMA. */
+/* int4_linear and int8_linear in fp32 with AVX2 and FMA. */
 #pragma GCC target("avx2,fma,f16c")
 #define LANES 8
 #define V(name) _mm256_##name
@@ -11,6 +11,9 @@ static inline ivec load_ints(const void *p) { return _mm256_loadu_si256(p); }
 static inline ivec load_some(const void *p, int n) {
     const ivec lane = _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0);
     return _mm256_maskload_epi32(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(n), lane));
+}
+static inline vec load_codes(const int8_t *p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
 }
 static inline vec permute(ivec at, vec values) { return _mm256_permutevar8x32_ps(values, at); }
 static inline vec gather(ivec at, const float *values) { return _mm256_i32gather_ps(values, at, 4); }
@@ -30,3 +33,4 @@ static inline __attribute__((always_inline)) vec decode(ivec words, const int i)
 #include "fp32.h"
 
 int mq_int4_avx2(const mq_linear *a) { return int4_linear(a); }
+int mq_int8_avx2(const mq_linear *a) { return int8_linear(a); }

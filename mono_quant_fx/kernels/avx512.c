@@ -1,4 +1,4 @@
-/* int4_linear in fp32 with AVX-512. */
+/* int4_linear and int8_linear in fp32 with AVX-512. */
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
 #define LANES 16
 #define V(name) _mm512_##name
@@ -9,6 +9,9 @@ typedef __m512 vec;
 typedef __m512i ivec;
 static inline ivec load_ints(const void *p) { return _mm512_loadu_si512(p); }
 static inline ivec load_some(const void *p, int n) { return _mm512_maskz_loadu_epi32((__mmask16)((1 << n) - 1), p); }
+static inline vec load_codes(const int8_t *p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+}
 static inline vec permute(ivec at, vec values) { return _mm512_permutexvar_ps(at, values); }
 static inline vec gather(ivec at, const float *values) { return _mm512_i32gather_ps(at, values, 4); }
 static inline float sum(vec v) { return _mm512_reduce_add_ps(v); }
@@ -22,3 +25,4 @@ static inline __attribute__((always_inline)) vec decode(ivec words, const int i)
 #include "fp32.h"
 
 int mq_int4_avx512(const mq_linear *a) { return int4_linear(a); }
+int mq_int8_avx512(const mq_linear *a) { return int8_linear(a); }

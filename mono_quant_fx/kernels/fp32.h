@@ -1,9 +1,10 @@
-/* int4_linear in fp32, for any length of vectors. The including file sets the target and defines
+/* int4_linear and int8_linear in fp32, for any length of vectors. The including file sets the target and defines
  *
  *   LANES, vec, ivec       32-bit lanes, and their float and integer vectors
  *   V(name)                the intrinsic of that name: V(add_ps)
  *   load_ints, load_some   LANES integers; the first n of them and zeros
  *   decode(words, i)       code i of each word, -8..7, as float
+ *   load_codes(p)          LANES int8 as floats
  *   permute, gather, sum   values[index of each lane], from a vector or from memory; the sum of the lanes
  *
  * A block is LANES words, 8 LANES columns; lane l belongs to word l, so that one vector of scales serves any group size
@@ -106,6 +107,51 @@ static int multiply_share(const mq_linear *a, const lanes *l, const float *xs, i
     }
     free(q.scale);
     return 1;
+}
+
+/* INT8: x in its own order, each row padded with zeros to whole vectors. */
+static void copy_x(const mq_linear *a, int64_t rows, float *xs, int64_t pitch) {
+    memset(xs, 0, rows * pitch * sizeof *xs);
+    for (int64_t m = 0; m < rows; m++, xs += pitch) {
+        const char *row = (const char *)a->x + m * a->x_stride * size_of(a->x_type);
+        int64_t k = 0;
+        for (; k + 8 <= a->columns; k += 8) _mm256_storeu_ps(xs + k, load8(row, a->x_type, k));
+        for (; k < a->columns; k++) xs[k] = load1(row, a->x_type, k);
+    }
+}
+
+INLINE void int8_rows(const mq_linear *a, const float *xs, int64_t pitch, int64_t m, int64_t n, const int rows) {
+    const int8_t *row = (const int8_t *)a->packed + n * a->columns;
+    const vec zero = V(set1_ps)(a->zero ? a->zero[n] : 0.0f);
+    vec total[WIDE];
+    UNROLL for (int i = 0; i < rows; i++) total[i] = V(setzero_ps)();
+    for (int64_t k = 0; k < a->columns; k += LANES) {
+        int8_t some[LANES] = {0};
+        const int8_t *at = row + k;
+        if (k + LANES > a->columns) at = (const int8_t *)memcpy(some, at, a->columns - k);
+        vec q = V(sub_ps)(load_codes(at), zero);
+        UNROLL for (int i = 0; i < rows; i++)
+            total[i] = V(fmadd_ps)(q, V(loadu_ps)(xs + (m + i) * pitch + k), total[i]);
+    }
+    const float scale = load1(a->scale, a->scale_type, n);
+    UNROLL for (int i = 0; i < rows; i++) store_result(a, m + i, n, sum(total[i]) * scale);
+}
+
+static int int8_linear(const mq_linear *a) {
+    const int64_t pitch = ceil_div(a->columns, 16) * 16;
+    float *xs = aligned_alloc(64, a->rows * pitch * sizeof *xs);
+    if (!xs) return -1;
+    copy_x(a, a->rows, xs, pitch);
+#pragma omp parallel for num_threads(a->threads) schedule(static) if (a->threads > 1)
+    for (int64_t n = 0; n < a->outputs; n++) {
+        int64_t m = 0;
+        for (; m + 4 <= a->rows; m += 4) int8_rows(a, xs, pitch, m, n, 4);
+        if (a->rows - m == 3) int8_rows(a, xs, pitch, m, n, 3);
+        if (a->rows - m == 2) int8_rows(a, xs, pitch, m, n, 2);
+        if (a->rows - m == 1) int8_rows(a, xs, pitch, m, n, 1);
+    }
+    free(xs);
+    return 0;
 }
 
 static int int4_linear(const mq_linear *a) {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mono_quant_fx import numerics
+from mono_quant_fx import native, numerics
 from mono_quant_fx.ops.registry import register
 
 
@@ -53,6 +53,21 @@ def _int4(packed: Tensor, scale: Tensor, zero_point: Tensor | None, group_size: 
     return numerics.dequantize_weight(stored, group_size, in_features)
 
 
+def _int4_cpu(packed: Tensor, scale: Tensor, zero_point: Tensor | None, group_size: int, in_features: int) -> Tensor:
+    check_int4(packed, scale, zero_point, group_size, in_features)
+    stored = numerics.QuantizedWeight(packed, scale, zero_point)
+    return _by_kernel(4, stored, group_size, in_features)
+
+
+def _by_kernel(bits: int, stored: numerics.QuantizedWeight, group_size: int, columns: int) -> Tensor:
+    """The kernel's bits are the reference's."""
+    if native.path() == "torch" or not native.takes(*stored) or stored.weight_scale.dtype not in native.TYPES:
+        return numerics.dequantize_weight(stored, group_size, columns)
+    out = stored.weight_scale.new_empty(stored.weight_packed.shape[0], columns)
+    native.dequantize(bits, stored, group_size, out)
+    return out
+
+
 def _int4_fake(packed: Tensor, scale: Tensor, zero_point: Tensor | None, group_size: int, in_features: int) -> Tensor:
     check_int4(packed, scale, zero_point, group_size, in_features)
     return scale.new_empty(packed.shape[0], in_features)
@@ -61,6 +76,11 @@ def _int4_fake(packed: Tensor, scale: Tensor, zero_point: Tensor | None, group_s
 def _int8(weight: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
     check_int8(weight, scale, zero_point)
     return numerics.dequantize(weight, scale, zero_point, -1)
+
+
+def _int8_cpu(weight: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+    check_int8(weight, scale, zero_point)
+    return _by_kernel(8, numerics.QuantizedWeight(weight, scale, zero_point), -1, weight.shape[1])
 
 
 def _int8_fake(weight: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
@@ -73,9 +93,11 @@ dequantize_int4 = register(
     "int in_features) -> Tensor",
     _int4,
     _int4_fake,
+    cpu=_int4_cpu,
 )
 dequantize_int8 = register(
     "dequantize_int8(Tensor weight, Tensor weight_scale, Tensor? weight_zero_point) -> Tensor",
     _int8,
     _int8_fake,
+    cpu=_int8_cpu,
 )

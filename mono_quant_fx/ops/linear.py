@@ -80,7 +80,7 @@ def _int4_cpu(*arguments: Any) -> Tensor:
     call = _Int4(*arguments)
     call.check()
     weight = numerics.QuantizedWeight(*call[1:4])
-    out = ways.int4_linear(call.x, weight, call.bias, call.group_size, call.compute)
+    out = ways.linear(4, call.x, weight, call.bias, call.group_size, call.compute)
     return _int4(*arguments) if out is None else out
 
 
@@ -103,6 +103,13 @@ def _int8(x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, b
         return numerics.dequantize(weight[at], scale[at], None if zero_point is None else zero_point[at], -1)
 
     return _tiled_linear(x, weight.shape[0], bias, tile)
+
+
+def _int8_cpu(x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None) -> Tensor:
+    _check_input(x, weight.shape[0], bias)
+    _check_int8(x, weight, scale, zero_point)
+    out = ways.linear(8, x, numerics.QuantizedWeight(weight, scale, zero_point), bias, -1, "auto")
+    return _int8(x, weight, scale, zero_point, bias) if out is None else out
 
 
 def _int8_fake(x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -161,4 +168,5 @@ int8_linear = register(
     _int8_fake,
     _int8_backward,
     _int8_setup,
+    _int8_cpu,
 )

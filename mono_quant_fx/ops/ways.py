@@ -1,8 +1,8 @@
-"""The ways of int4_linear on a CPU, and which one a call takes.
+"""The ways of int4_linear and int8_linear on a CPU, and which one a call takes.
 
-few      the kernel multiplies codes, and scales sums                  (avx512_bf16 only: elsewhere it is the next one)
-many     the kernel scales codes in registers or in a panel that stays in L1
-matmul   a tile of rows is dequantized into a scratch in L2, and torch multiplies
+few      the kernel multiplies codes, and scales sums                     (avx512_bf16; elsewhere as the next one)
+many     the kernel scales codes in registers, or in a panel that stays in L1
+matmul   a tile of weight rows is dequantized into a scratch that stays in L2, and torch multiplies
 
 What is fastest depends on the machine, so the first call of a class of shapes runs each way that may be, a few times,
 and the class keeps the best. Ways differ by rounding: with torch.use_deterministic_algorithms(True) nothing is timed,
@@ -12,7 +12,7 @@ and the choice follows from the number of rows alone.
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,21 +20,39 @@ from torch import Tensor
 from mono_quant_fx import native
 from mono_quant_fx.numerics import QuantizedWeight
 
-#: Up to so many rows the first way is always taken, and from so many on never.
-FEW, NEVER_FEW = 4, 33
-#: Rows from which torch's matmul is a candidate.
-MATMUL = 9
-#: Another way must be this much faster than the one before it.
+#: Rows of x up to which the first way is always taken, and from which on it never is.
+ALWAYS_FEW, NEVER_FEW = 4, 33
+#: Rows of x from which torch's matmul is a candidate, and from which on nothing that works in fp32 registers is.
+MATMUL, NEVER_REGISTERS = 9, 65
+#: A later way must be this much faster than an earlier one, so that chance decides little.
 MARGIN = 0.95
 REPEATS = 3
-#: Bytes of the scratch: half of a usual L2.
+#: Bytes of the scratch of a tile: half of a usual L2.
 SCRATCH = 1 << 19
 
 _CHOSEN: dict[tuple[Any, ...], str] = {}
 
 
-def int4_linear(
-    x: Tensor, weight: QuantizedWeight, bias: Tensor | None, group_size: int, compute: str
+class Call(NamedTuple):
+    """One product: out [M, N] = x [M, K] @ dequantized.T + bias, by a kernel.
+
+    Attributes:
+        kernel: the path that multiplies, of native.PATHS.
+        bits: of the weight's codes, 4 or 8.
+        x: [M, K], each row in one piece. out: [M, N], contiguous.
+    """
+
+    kernel: str
+    bits: int
+    x: Tensor
+    weight: QuantizedWeight
+    bias: Tensor | None
+    group_size: int
+    out: Tensor
+
+
+def linear(
+    bits: int, x: Tensor, weight: QuantizedWeight, bias: Tensor | None, group_size: int, compute: str
 ) -> Tensor | None:
     """x [..., K] -> [..., N] in x's dtype; None where the kernels do not take it. The operands are checked."""
     path = native.path()
@@ -46,68 +64,73 @@ def int4_linear(
     flat = x.reshape(-1, x.shape[-1])
     if flat.stride(-1) != 1 and flat.shape[1] > 1:
         flat = flat.contiguous()
-    if path == "avx512_bf16" and compute == "float32":
+    if path == "avx512_bf16" and (bits == 8 or compute == "float32"):
         path = "avx512"
-    elif compute == "bfloat16":
+    if compute == "bfloat16":
         flat = flat.bfloat16()
-    out = x.new_empty(flat.shape[0], weight.weight_packed.shape[0])
-    if out.numel():
-        run(_way(path, flat, weight, bias, group_size, out), path, flat, weight, bias, group_size, out)
-    return out.view(*x.shape[:-1], out.shape[1])
+    call = Call(path, bits, flat, weight, bias, group_size, x.new_empty(flat.shape[0], weight.weight_packed.shape[0]))
+    if call.out.numel():
+        run(choose(call), call)
+    return call.out.view(*x.shape[:-1], call.out.shape[1])
 
 
-def _way(path: str, x: Tensor, weight: QuantizedWeight, bias: Tensor | None, group_size: int, out: Tensor) -> str:
-    """The way for a shape: by the number of rows where that settles it, else measured once for its class."""
-    rows = x.shape[0]
-    if rows <= FEW:
+def choose(call: Call) -> str:
+    """The way: by the number of rows where that settles it, else measured once for the class of shapes."""
+    rows = call.x.shape[0]
+    if rows <= ALWAYS_FEW:
         return "few"
-    candidates = ["few"] if rows < NEVER_FEW else []
-    if path == "avx512_bf16" or rows < 4 * MATMUL:
-        candidates.append("many")
-    if rows >= MATMUL:
-        candidates.append("matmul")
-    if torch.are_deterministic_algorithms_enabled():
-        return candidates[-1] if path != "avx512_bf16" else candidates[min(1, len(candidates) - 1)]
-    sizes = (n.bit_length() for n in (rows, *x.shape[1:], out.shape[1], group_size + 1))
-    key = (path, torch.get_num_threads(), x.dtype, *sizes)
+    candidates = _candidates(call.kernel == "avx512_bf16", rows)
+    if len(candidates) == 1 or torch.are_deterministic_algorithms_enabled():
+        return candidates[0]
+    sizes = (n.bit_length() for n in (rows, call.x.shape[1], call.out.shape[1], call.group_size + 1))
+    key = (call.kernel, call.bits, call.x.dtype, torch.get_num_threads(), *sizes)
     if key not in _CHOSEN:
         best, least = candidates[0], float("inf")
         for way in candidates:
-            seconds = _seconds(way, path, x, weight, bias, group_size, out)
+            seconds = _seconds(way, call)
             if seconds < MARGIN * least:
                 best, least = way, seconds
         _CHOSEN[key] = best
     return _CHOSEN[key]
 
 
-def _seconds(way: str, *operands: Any) -> float:
+def _candidates(has_panel: bool, rows: int) -> list[str]:
+    """The ways that may be fastest, at first the one that is taken when nothing is timed."""
+    if has_panel:
+        few, matmul = (["few"] if rows < NEVER_FEW else []), (["matmul"] if rows >= MATMUL else [])
+        return ["many", *few, *matmul] if rows > 2 * ALWAYS_FEW else [*few, "many", *matmul]
+    if rows < MATMUL:
+        return ["many"]
+    return ["matmul", "many"] if rows < NEVER_REGISTERS else ["matmul"]
+
+
+def _seconds(way: str, call: Call) -> float:
     least = float("inf")
     for _ in range(REPEATS):
         start = time.perf_counter()
-        run(way, *operands)
+        run(way, call)
         least = min(least, time.perf_counter() - start)
     return least
 
 
-def run(
-    way: str, path: str, x: Tensor, weight: QuantizedWeight, bias: Tensor | None, group_size: int, out: Tensor
-) -> None:
-    """out [M, N] = x [M, K] @ dequantized.T + bias, by that way of that path."""
+def run(way: str, call: Call) -> None:
+    """Fills call.out in that way."""
+    kernel, bits, x, weight, bias, group_size, out = call
     if way == "matmul":
-        _matmul(torch.bfloat16 if path == "avx512_bf16" else torch.float32, x, weight, bias, group_size, out)
+        _matmul(call)
     else:
-        native.int4_linear(path, x, weight, bias, group_size, out, few=x.shape[0] if way == "few" else 0)
+        few = x.shape[0] if way == "few" else 0
+        native.linear(f"int{bits}_{kernel}", x, weight, bias, group_size, out, few)
 
 
-def _matmul(
-    dtype: torch.dtype, x: Tensor, weight: QuantizedWeight, bias: Tensor | None, group_size: int, out: Tensor
-) -> None:
-    x = x.to(dtype)
-    bias = None if bias is None else bias.to(dtype)
+def _matmul(call: Call) -> None:
+    half = call.kernel == "avx512_bf16" or (call.bits == 8 and call.x.dtype == torch.bfloat16)
+    dtype = torch.bfloat16 if half else torch.float32
+    x, bias = call.x.to(dtype), None if call.bias is None else call.bias.to(dtype)
     height = max(16, SCRATCH // (x.shape[1] * dtype.itemsize))
-    scratch = torch.empty(min(height, out.shape[1]), x.shape[1], dtype=dtype)
-    for first in range(0, out.shape[1], height):
+    scratch = torch.empty(min(height, call.out.shape[1]), x.shape[1], dtype=dtype)
+    for first in range(0, call.out.shape[1], height):
         at = slice(first, first + height)
-        tile = scratch[: len(weight.weight_scale[at])]
-        native.dequantize(4, weight, group_size, tile, first)
-        out[:, at] = x @ tile.t() if bias is None else torch.addmm(bias[at], x, tile.t())
+        tile = scratch[: call.out[:, at].shape[1]]
+        native.dequantize(call.bits, call.weight, call.group_size, tile, first)
+        call.out[:, at] = x @ tile.t() if bias is None else torch.addmm(bias[at], x, tile.t())

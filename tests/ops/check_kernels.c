@@ -47,24 +47,26 @@ static int code(const uint8_t *packed, int64_t words, int64_t n, int64_t k) {
 
 typedef int (*kernel)(const mq_linear *);
 
-static int check_linear(kernel multiply, double tolerance) {
+static int check_linear(kernel multiply, int bits, double tolerance) {
     static const int64_t groups_of[] = {8, 16, 24, 32, 40, 64, 128, 256, -1};
     mq_linear a = {0};
     a.rows = draw(14), a.columns = 1 + draw(400), a.outputs = 1 + draw(40), a.group = groups_of[draw(9)];
     a.x_stride = a.columns + draw(3), a.out_stride = a.outputs + draw(3);
     a.x_type = draw(3), a.scale_type = draw(3), a.bias_type = draw(3), a.out_type = MQ_F32;
     a.threads = 1 + draw(3), a.few = draw(2) ? a.rows : 0;
-    int64_t words = (a.columns + 7) / 8, groups = a.group < 0 ? 1 : (a.columns + a.group - 1) / a.group;
+    if (bits == 8) a.group = -1;
+    int64_t words = (a.columns + 7) / 8, bytes = bits == 4 ? a.outputs * words * 4 : a.outputs * a.columns;
+    int64_t groups = a.group < 0 ? 1 : (a.columns + a.group - 1) / a.group;
     int64_t x_size = a.rows ? (a.rows - 1) * a.x_stride + a.columns : 0;
     int64_t out_size = a.rows ? (a.rows - 1) * a.out_stride + a.outputs : 0;
     void *x = room(x_size * (a.x_type == MQ_F32 ? 4 : 2));
-    uint8_t *packed = room(a.outputs * words * 4);
+    uint8_t *packed = room(bytes);
     void *scale = room(a.outputs * groups * (a.scale_type == MQ_F32 ? 4 : 2));
     void *bias = room(a.outputs * (a.bias_type == MQ_F32 ? 4 : 2));
     int8_t *zero = room(a.outputs * groups);
     float *out = room(out_size * sizeof(float));
     for (int64_t i = 0; i < x_size; i++) put(x, a.x_type, i, real());
-    for (int64_t i = 0; i < a.outputs * words * 4; i++) packed[i] = (uint8_t)draw(256);
+    for (int64_t i = 0; i < bytes; i++) packed[i] = (uint8_t)draw(256);
     for (int64_t i = 0; i < a.outputs * groups; i++) put(scale, a.scale_type, i, real()), zero[i] = (int8_t)draw(16) - 8;
     for (int64_t i = 0; i < a.outputs; i++) put(bias, a.bias_type, i, real());
     a.x = x, a.packed = packed, a.scale = scale, a.out = out;
@@ -75,13 +77,14 @@ static int check_linear(kernel multiply, double tolerance) {
             double sum = a.bias ? get(bias, a.bias_type, n) : 0.0, size = fabs(sum);
             for (int64_t k = 0; k < a.columns; k++) {
                 int64_t g = n * groups + (a.group < 0 ? 0 : k / a.group);
-                double w = (code(packed, words, n, k) - (a.zero ? zero[g] : 0)) * get(scale, a.scale_type, g);
+                int c = bits == 4 ? code(packed, words, n, k) : (int8_t)packed[n * a.columns + k];
+                double w = (c - (a.zero ? zero[g] : 0)) * get(scale, a.scale_type, g);
                 double product = get(x, a.x_type, m * a.x_stride + k) * w;
                 sum += product, size += fabs(product);
             }
             wrong |= !(fabs(out[m * a.out_stride + n] - sum) <= tolerance * size + 1e-6);
         }
-    if (wrong) printf("linear: %ld x %ld by %ld, group %ld\n", (long)a.rows, (long)a.columns, (long)a.outputs, (long)a.group);
+    if (wrong) printf("linear: INT%d, %ld x %ld by %ld, group %ld\n", bits, (long)a.rows, (long)a.columns, (long)a.outputs, (long)a.group);
     free(x), free(packed), free(scale), free(bias), free(zero), free(out);
     return wrong;
 }
@@ -115,11 +118,13 @@ static int check_dequantize(void) {
 }
 
 int main(void) {
-    static const kernel kernels[] = {mq_int4_avx2, mq_int4_avx512, mq_int4_avx512_bf16};
+    static const kernel int4[] = {mq_int4_avx2, mq_int4_avx512, mq_int4_avx512_bf16};
+    static const kernel int8[] = {mq_int8_avx2, mq_int8_avx512};
     static const double tolerances[] = {2e-6, 2e-6, 1.0 / 128};
     int wrong = 0, paths = mq_cpu();
     for (int i = 0; i < 400; i++) {
-        for (int path = 0; path < paths; path++) wrong += check_linear(kernels[path], tolerances[path]);
+        for (int path = 0; path < paths; path++) wrong += check_linear(int4[path], 4, tolerances[path]);
+        for (int path = 0; path < paths && path < 2; path++) wrong += check_linear(int8[path], 8, tolerances[path]);
         if (paths) wrong += check_dequantize();
     }
     printf("%d paths, %d wrong\n", paths, wrong);

@@ -21,7 +21,8 @@ ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0
 TINY = 1e-7  # float16 has subnormal results, which are rounded absolutely
 
 COMPILED = native.kernels().available[1:]
-WAYS = [(path, way) for path in COMPILED for way in ("few", "many", "matmul")]
+WAYS = [(4, path, way) for path in COMPILED for way in ("few", "many", "matmul")]
+WAYS += [(8, path, way) for path in COMPILED if path != "avx512_bf16" for way in ("many", "matmul")]
 dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 law = settings(deadline=None, derandomize=True, max_examples=150)
 cases = st.fixed_dictionaries(
@@ -50,35 +51,35 @@ def use(monkeypatch):
     return choose
 
 
-def operands(rows, columns, outputs, group, symmetric, dtype, bias, gap, seed):
+def operands(rows, columns, outputs, group, symmetric, dtype, bias, gap, seed, bits=4):
     """(x with `gap` elements between its rows, the stored weight, the bias)."""
     draw = torch.Generator().manual_seed(seed)
     weight = torch.randn(outputs, columns, generator=draw).to(dtype)
-    stored = numerics.quantize_matrix(weight, QuantScheme(4, group, symmetric))
+    stored = numerics.quantize_matrix(weight, QuantScheme(bits, group if bits == 4 else -1, symmetric))
     x = torch.randn(rows, columns + gap, generator=draw).to(dtype)[:, :columns]
     return x, stored, torch.randn(outputs, generator=draw).to(dtype) if bias else None
 
 
 def assert_close(actual, x, stored, bias, group, compute):
-    weight = numerics.dequantize(
-        numerics.unpack_int4(stored.weight_packed, x.shape[-1]), stored.weight_scale.double(), stored.weight_zero_point,
-        group,
-    )  # fmt: skip
+    is_int8 = stored.weight_packed.dtype == torch.int8
+    codes = stored.weight_packed if is_int8 else numerics.unpack_int4(stored.weight_packed, x.shape[-1])
+    scale, zero_point = stored.weight_scale.double(), stored.weight_zero_point
+    weight = numerics.dequantize(codes, scale, zero_point, -1 if is_int8 else group)
     bias = torch.zeros(len(weight)).double() if bias is None else bias.double()
     exact, size = x.double() @ weight.t() + bias, x.double().abs() @ weight.abs().t() + bias.abs()
     allowed = KERNEL_TOLERANCE[compute] * size + ROUNDING[actual.dtype] * exact.abs() + TINY
     assert ((actual.double() - exact).abs() <= allowed).all()
 
 
-@pytest.mark.parametrize(("path", "way"), WAYS)
+@pytest.mark.parametrize(("bits", "path", "way"), WAYS)
 @law
 @given(case=cases)
-def test_every_way_of_every_path_computes_the_product(path, way, case):
-    x, stored, bias = operands(**case)
+def test_every_way_of_every_path_computes_the_product(bits, path, way, case):
+    x, stored, bias = operands(**case, bits=bits)
     out = x.new_full((len(x), len(stored.weight_packed)), float("nan"))
-    ways.run(way, path, x, stored, bias, case["group"], out)
-    compute = "bfloat16" if path == "avx512_bf16" or (way == "matmul" and case["dtype"] != torch.float32) else "float32"
-    assert_close(out, x, stored, bias, case["group"], compute)
+    ways.run(way, ways.Call(path, bits, x, stored, bias, case["group"] if bits == 4 else -1, out))
+    halves = path == "avx512_bf16" or (way == "matmul" and case["dtype"] == torch.bfloat16)
+    assert_close(out, x, stored, bias, case["group"], "bfloat16" if halves else "float32")
 
 
 @law
@@ -98,6 +99,22 @@ def test_dequantized_bits_equal_the_references(case, bits, out, first):
     actual = torch.full((case["outputs"], case["columns"]), float("nan"), dtype=out)
     native.dequantize(bits, (packed, scale, zero_point), group, actual, first)
     assert torch.equal(actual, expected[first:].to(out))
+
+
+@pytest.mark.parametrize("path", COMPILED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_the_dequantize_ops_give_the_same_bits_on_every_path(path, dtype, use):
+    def all_of_them():
+        weight = torch.randn(9, 100, generator=torch.Generator().manual_seed(0)).to(dtype)
+        int4 = numerics.quantize_matrix(weight, QuantScheme(4, 32, False))
+        int8 = numerics.quantize_matrix(weight, QuantScheme(8, -1, False))
+        strided = int8._replace(weight_packed=int8.weight_packed.t().contiguous().t())
+        return [ops.dequantize_int4(*int4, 32, 100), ops.dequantize_int8(*int8), ops.dequantize_int8(*strided)]
+
+    use("torch")
+    expected = all_of_them()
+    use(path)
+    assert all(a.dtype == dtype and torch.equal(a, b) for a, b in zip(all_of_them(), expected, strict=True))
 
 
 @pytest.mark.parametrize("path", COMPILED)
