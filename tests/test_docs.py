@@ -29,6 +29,7 @@ PAGES = (
     "docs/skipping.md",
     "docs/numerics.md",
     "docs/observers.md",
+    "docs/kernels.md",
     "docs/reading_the_table.md",
     "docs/writing_a_pass.md",
     "docs/glossary.md",
