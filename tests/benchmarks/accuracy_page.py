@@ -29,7 +29,8 @@ evaluated, and all settings of a model share its calibration batches. The column
 | local dB | median over the quantized nodes of the SQNR of a node quantized alone; not taken of other packages |
 | bits | stored bits a weight, scales and zero points included, over all weights that mono_quant_fx quantizes; what a \
 package leaves float counts as 32 |
-| seconds | of quantization alone, calibration included; in brackets the part that filled the accuracy table |
+| seconds | of quantization alone, calibration included; in brackets the part that filled the accuracy table; rough, \
+since cells may have run side by side |
 | MiB | resident memory at its peak, beyond the process with model and data loaded |
 
 A weight-only setting reads algorithm, symmetry, group size. `w8a8` is INT8 per channel with static INT8 activations and
