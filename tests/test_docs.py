@@ -31,6 +31,7 @@ PAGES = (
     "docs/observers.md",
     "docs/kernels.md",
     "docs/reading_the_table.md",
+    "docs/accuracy.md",
     "docs/writing_a_pass.md",
     "docs/glossary.md",
     "docs/contributing.md",

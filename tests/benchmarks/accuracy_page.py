@@ -42,6 +42,8 @@ data, and neither does `rtn`. torchao's intx and 8da4w keep each 4-bit code in a
 Bits a weight follow from the scheme: four for the code, and a float32 scale (and an int8 zero point) a group.
 """
 
+NEXT = "Next: [Writing a pass](writing_a_pass.md)."
+
 OUTLIERS = """
 SmolLM2 shows what one static scale a tensor cannot do. Of the input of its `blk.11.ffn_down`, 99.9% lies below 1.4, and
 one value reaches 3005: in steps of 12 nothing else is left. Leave the inputs of such a model float.
@@ -83,7 +85,7 @@ def page(rows: Iterable[Row], models: Sequence[str], stale: set[tuple[str, str]]
     parts = [INTRODUCTION, _conditions(list(cells.values())), COLUMNS, EXAMPLE]
     parts += [_model(model, cells) for model in shown]
     parts += [_observers(shown, cells), verdicts(comparisons(shown, cells)), _failures(shown, cells)]
-    parts += [_gaps(shown, cells, stale)]
+    parts += [_gaps(shown, cells, stale), NEXT]
     return "\n".join(part.rstrip("\n") + "\n" for part in parts if part)
 
 

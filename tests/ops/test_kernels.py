@@ -71,15 +71,27 @@ def assert_close(actual, x, stored, bias, group, compute):
     assert ((actual.double() - exact).abs() <= allowed).all()
 
 
-@pytest.mark.parametrize(("bits", "path", "way"), WAYS)
-@law
-@given(case=cases)
-def test_every_way_of_every_path_computes_the_product(bits, path, way, case):
+def check_product(bits, path, way, case):
     x, stored, bias = operands(**case, bits=bits)
     out = x.new_full((len(x), len(stored.weight_packed)), float("nan"))
     ways.run(way, ways.Call(path, bits, x, stored, bias, case["group"] if bits == 4 else -1, out))
     halves = path == "avx512_bf16" or (way == "matmul" and case["dtype"] == torch.bfloat16)
     assert_close(out, x, stored, bias, case["group"], "bfloat16" if halves else "float32")
+
+
+@pytest.mark.parametrize(("bits", "path", "way"), WAYS)
+@law
+@given(case=cases)
+def test_every_way_of_every_path_computes_the_product(bits, path, way, case):
+    check_product(bits, path, way, case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("bits", "path", "way"), WAYS)
+@settings(law, max_examples=2000)
+@given(case=cases)
+def test_every_way_of_every_path_computes_two_thousand_products(bits, path, way, case):
+    check_product(bits, path, way, case)
 
 
 @law
