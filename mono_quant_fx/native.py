@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ class PerformanceWarning(UserWarning):
 class _Linear(ctypes.Structure):
     """mq_linear of kernels/api.h."""
 
-    _fields_: Sequence[tuple[str, type]] = [
+    _fields_: ClassVar[Sequence[tuple[str, type]]] = [
         *((name, ctypes.c_void_p) for name in ("x", "packed", "scale", "zero", "bias", "out")),
         *((name, ctypes.c_int64) for name in ("rows", "columns", "outputs", "group", "x_stride", "out_stride")),
         *((name, ctypes.c_int32) for name in ("x_type", "scale_type", "bias_type", "out_type", "threads", "few")),
@@ -46,7 +46,7 @@ class _Linear(ctypes.Structure):
 class _Dequantize(ctypes.Structure):
     """mq_dequantize of kernels/api.h."""
 
-    _fields_: Sequence[tuple[str, type]] = [
+    _fields_: ClassVar[Sequence[tuple[str, type]]] = [
         *((name, ctypes.c_void_p) for name in ("codes", "scale", "zero", "out")),
         *((name, ctypes.c_int64) for name in ("columns", "outputs", "group", "out_stride")),
         *((name, ctypes.c_int32) for name in ("scale_type", "out_type", "threads")),

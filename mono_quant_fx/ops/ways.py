@@ -79,7 +79,7 @@ def choose(call: Call) -> str:
     rows = call.x.shape[0]
     if rows <= ALWAYS_FEW:
         return "few"
-    candidates = _candidates(call.kernel == "avx512_bf16", rows)
+    candidates = _candidates(call, rows)
     if len(candidates) == 1 or torch.are_deterministic_algorithms_enabled():
         return candidates[0]
     sizes = (n.bit_length() for n in (rows, call.x.shape[1], call.out.shape[1], call.group_size + 1))
@@ -94,10 +94,11 @@ def choose(call: Call) -> str:
     return _CHOSEN[key]
 
 
-def _candidates(has_panel: bool, rows: int) -> list[str]:
+def _candidates(call: Call, rows: int) -> list[str]:
     """The ways that may be fastest, at first the one that is taken when nothing is timed."""
-    if has_panel:
-        few, matmul = (["few"] if rows < NEVER_FEW else []), (["matmul"] if rows >= MATMUL else [])
+    if call.kernel == "avx512_bf16":
+        few = ["few"] if rows < NEVER_FEW else []
+        matmul = ["matmul"] if rows >= MATMUL and _multiplies_halves(call) else []
         return ["many", *few, *matmul] if rows > 2 * ALWAYS_FEW else [*few, "many", *matmul]
     if rows < MATMUL:
         return ["many"]
@@ -123,9 +124,13 @@ def run(way: str, call: Call) -> None:
         native.linear(f"int{bits}_{kernel}", x, weight, bias, group_size, out, few)
 
 
+def _multiplies_halves(call: Call) -> bool:
+    """Whether torch's matmul takes bfloat16: its result is then bfloat16 as well, which may lose nothing."""
+    return call.out.dtype == torch.bfloat16 and (call.kernel == "avx512_bf16" or call.bits == 8)
+
+
 def _matmul(call: Call) -> None:
-    half = call.kernel == "avx512_bf16" or (call.bits == 8 and call.x.dtype == torch.bfloat16)
-    dtype = torch.bfloat16 if half else torch.float32
+    dtype = torch.bfloat16 if _multiplies_halves(call) else torch.float32
     x, bias = call.x.to(dtype), None if call.bias is None else call.bias.to(dtype)
     height = max(16, SCRATCH // (x.shape[1] * dtype.itemsize))
     scratch = torch.empty(min(height, call.out.shape[1]), x.shape[1], dtype=dtype)

@@ -75,7 +75,7 @@ def check_product(bits, path, way, case):
     x, stored, bias = operands(**case, bits=bits)
     out = x.new_full((len(x), len(stored.weight_packed)), float("nan"))
     ways.run(way, ways.Call(path, bits, x, stored, bias, case["group"] if bits == 4 else -1, out))
-    halves = path == "avx512_bf16" or (way == "matmul" and case["dtype"] == torch.bfloat16)
+    halves = case["dtype"] == torch.bfloat16 if way == "matmul" else path == "avx512_bf16"
     assert_close(out, x, stored, bias, case["group"], "bfloat16" if halves else "float32")
 
 
