@@ -21,16 +21,16 @@ enum {
 typedef __m512bh bh;
 INLINE bh as_bh(__m512i v) { return (bh)v; }
 
-INLINE __m512i load_words(const uint8_t *row, int64_t b, int64_t words) {
-    if ((b + 1) * LANES <= words) return _mm512_loadu_si512(row + b * 64);
-    return _mm512_maskz_loadu_epi32((__mmask16)((1 << (words - b * LANES)) - 1), row + b * 64);
+INLINE __m512i load_words(const uint8_t *from, int64_t count) {
+    if (count >= LANES) return _mm512_loadu_si512(from);
+    return _mm512_maskz_loadu_epi32((__mmask16)((1 << count) - 1), from);
 }
 
-INLINE __m512 of_lanes(const lanes *l, int kind, const float *values, int64_t b) {
-    if (kind == ONE) return _mm512_set1_ps(values[b / l->span]);
+INLINE __m512 of_lanes(const lanes *l, int kind, const float *values, const place *p) {
+    if (kind == ONE) return _mm512_set1_ps(values[p->group]);
     if (kind == SPREAD)
-        return _mm512_permutexvar_ps(_mm512_loadu_si512(l->spread), _mm512_loadu_ps(values + b * l->per_block));
-    return _mm512_i32gather_ps(_mm512_loadu_si512(l->lookup + LANES * b), values, 4);
+        return _mm512_permutexvar_ps(_mm512_loadu_si512(l->spread), _mm512_loadu_ps(values + p->block * l->per_block));
+    return _mm512_i32gather_ps(_mm512_loadu_si512(l->lookup + LANES * p->block), values, 4);
 }
 
 /* 128 columns of x from column `at`, in natural order; zeros behind the last column. */
@@ -91,48 +91,60 @@ typedef struct {
     const qparams *q;
 } few_rows;
 
-/* Rows m.. of x by rows n.. of the weight. */
-INLINE void few(const few_rows *f, int64_t m, int64_t n, const int rows, const int height, const int kind,
-                const int shifted) {
-    const mq_linear *a = f->a;
-    const int64_t blocks = blocks_of(a), words = words_of(a), pitch = f->q->pitch;
+/* Adds one block of `rows` rows of x by `height` rows of the weight to the totals. `some` is the block's words, LANES but
+ * at the end of a row.
+ */
+INLINE void few_block(const few_rows *f, const place *p, const __m512i *x, const __m512 *sums, const uint8_t *weight,
+                      const int64_t some, __m512 total[6][4], const int rows, const int height, const int kind,
+                      const int shifted) {
+    const int64_t blocks = blocks_of(f->a), row_bytes = words_of(f->a) * 4, pitch = f->q->pitch;
     const __m512i codes = _mm512_set_epi16( /* -8 .. 7 as bf16, twice */
         0x40e0, 0x40c0, 0x40a0, 0x4080, 0x4040, 0x4000, 0x3f80, 0, 0xbf80, 0xc000, 0xc040, 0xc080, 0xc0a0, 0xc0c0,
         0xc0e0, 0xc100, 0x40e0, 0x40c0, 0x40a0, 0x4080, 0x4040, 0x4000, 0x3f80, 0, 0xbf80, 0xc000, 0xc040, 0xc080,
         0xc0a0, 0xc0c0, 0xc0e0, 0xc100);
-    __m512 total[6][4];
-    UNROLL for (int i = 0; i < rows; i++) UNROLL for (int h = 0; h < height; h++) total[i][h] = _mm512_setzero_ps();
-    for (int64_t b = 0; b < blocks; b++) {
-        const __m512i *x = f->xs + (m * blocks + b) * 4;
-        __m512 part[6][4];
-        __m512i w[4];
-        UNROLL for (int h = 0; h < height; h++) {
-            const uint8_t *row = a->packed + (n + h) * words * 4;
-            w[h] = load_words(row, b, words);
-            _mm_prefetch((const char *)(row + b * 64 + height * words * 4), _MM_HINT_T0);
-            UNROLL for (int i = 0; i < rows; i++) {
-                part[i][h] = _mm512_setzero_ps();
-                if (shifted)
-                    part[i][h] = _mm512_fnmadd_ps(of_lanes(f->l, kind, f->q->zero + h * pitch, b),
-                                                  f->sums[(m + i) * blocks + b], part[i][h]);
-            }
-        }
-        UNROLL for (int j = 0; j < 4; j++) {
-            bh q[4];
-            UNROLL for (int h = 0; h < height; h++)
-                q[h] = as_bh(_mm512_permutexvar_epi16(_mm512_srli_epi16(w[h], 4 * j), codes));
-            UNROLL for (int i = 0; i < rows; i++) {
-                bh v = as_bh(x[i * blocks * 4 + j]);
-                UNROLL for (int h = 0; h < height; h++) part[i][h] = _mm512_dpbf16_ps(part[i][h], q[h], v);
-            }
-        }
-        UNROLL for (int h = 0; h < height; h++) {
-            __m512 s = of_lanes(f->l, kind, f->q->scale + h * pitch, b);
-            UNROLL for (int i = 0; i < rows; i++) total[i][h] = _mm512_fmadd_ps(part[i][h], s, total[i][h]);
+    __m512 part[6][4];
+    __m512i w[4];
+    UNROLL for (int h = 0; h < height; h++) {
+        w[h] = load_words(weight + h * row_bytes, some);
+        _mm_prefetch((const char *)(weight + (h + height) * row_bytes), _MM_HINT_T0);
+        UNROLL for (int i = 0; i < rows; i++) {
+            part[i][h] = _mm512_setzero_ps();
+            if (shifted)
+                part[i][h] = _mm512_fnmadd_ps(of_lanes(f->l, kind, f->q->zero + h * pitch, p), sums[i * blocks],
+                                              part[i][h]);
         }
     }
+    UNROLL for (int j = 0; j < 4; j++) {
+        bh q[4];
+        UNROLL for (int h = 0; h < height; h++)
+            q[h] = as_bh(_mm512_permutexvar_epi16(_mm512_srli_epi16(w[h], 4 * j), codes));
+        UNROLL for (int i = 0; i < rows; i++) {
+            bh v = as_bh(x[i * blocks * 4 + j]);
+            UNROLL for (int h = 0; h < height; h++) part[i][h] = _mm512_dpbf16_ps(part[i][h], q[h], v);
+        }
+    }
+    UNROLL for (int h = 0; h < height; h++) {
+        __m512 s = of_lanes(f->l, kind, f->q->scale + h * pitch, p);
+        UNROLL for (int i = 0; i < rows; i++) total[i][h] = _mm512_fmadd_ps(part[i][h], s, total[i][h]);
+    }
+}
+
+/* Rows m.. of x by rows n.. of the weight. */
+INLINE void few(const few_rows *f, int64_t m, int64_t n, const int rows, const int height, const int kind,
+                const int shifted) {
+    const int64_t blocks = blocks_of(f->a), words = words_of(f->a), whole = words / LANES;
+    const __m512i *x = f->xs + m * blocks * 4;
+    const __m512 *sums = shifted ? f->sums + m * blocks : NULL;
+    const uint8_t *weight = f->a->packed + n * words * 4;
+    place p = place_of(f->l, 0);
+    __m512 total[6][4];
+    UNROLL for (int i = 0; i < rows; i++) UNROLL for (int h = 0; h < height; h++) total[i][h] = _mm512_setzero_ps();
+    for (int64_t b = 0; b < whole; b++, x += 4, weight += 64, advance(f->l, &p))
+        few_block(f, &p, x, shifted ? sums + b : NULL, weight, LANES, total, rows, height, kind, shifted);
+    if (whole < blocks)
+        few_block(f, &p, x, shifted ? sums + whole : NULL, weight, words % LANES, total, rows, height, kind, shifted);
     UNROLL for (int i = 0; i < rows; i++) UNROLL for (int h = 0; h < height; h++)
-        store_result(a, m + i, n + h, _mm512_reduce_add_ps(total[i][h]));
+        store_result(f->a, m + i, n + h, _mm512_reduce_add_ps(total[i][h]));
 }
 
 #define SIZE(ROWS, HEIGHT)                                                                                             \
@@ -186,20 +198,21 @@ INLINE void scale_row(const mq_linear *a, const lanes *l, int64_t n, int64_t fir
     uint16_t order[32];
     for (int i = 0; i < 16; i++) order[2 * i] = i, order[2 * i + 1] = i + 16;
     const __m512i weave = _mm512_loadu_si512(order);
-    for (int64_t b = first; b < last; b++, to += 4 * TALL) {
-        __m512i w = load_words(row, b, words);
+    place p = place_of(l, first);
+    for (int64_t b = first; b < last; b++, advance(l, &p), to += 4 * TALL) {
+        __m512i w = load_words(row + b * 64, words - b * LANES);
         _mm_prefetch((const char *)(row + b * 64 + TALL * words * 4), _MM_HINT_T1);
         if (kind == ONE) { /* sixteen values are all there are, until the group ends */
-            if (b == first || b % l->span == 0) {
-                __m512 v = zero ? _mm512_sub_ps(codes, _mm512_set1_ps(zero[b / l->span])) : codes;
-                v = _mm512_mul_ps(v, _mm512_set1_ps(scale[b / l->span]));
+            if (b == first || p.left == l->span) {
+                __m512 v = zero ? _mm512_sub_ps(codes, _mm512_set1_ps(zero[p.group])) : codes;
+                v = _mm512_mul_ps(v, _mm512_set1_ps(scale[p.group]));
                 table = (__m512i)_mm512_cvtne2ps_pbh(v, v);
             }
             UNROLL for (int j = 0; j < 4; j++)
                 to[j * TALL] = _mm512_permutexvar_epi16(_mm512_srli_epi16(w, 4 * j), table);
             continue;
         }
-        __m512 s = of_lanes(l, kind, scale, b), z = zero ? of_lanes(l, kind, zero, b) : _mm512_setzero_ps();
+        __m512 s = of_lanes(l, kind, scale, &p), z = zero ? of_lanes(l, kind, zero, &p) : _mm512_setzero_ps();
         UNROLL for (int j = 0; j < 4; j++) {
             __m512 lo = _mm512_sub_ps(_mm512_permutexvar_ps(_mm512_srli_epi32(w, 4 * j), codes), z);
             __m512 hi = _mm512_sub_ps(_mm512_permutexvar_ps(_mm512_srli_epi32(w, 4 * j + 16), codes), z);

@@ -14,10 +14,10 @@
 
 enum { WIDE = 4, CHUNK_BYTES = 1 << 19 };
 
-INLINE vec of_lanes(const lanes *l, int kind, const float *values, int64_t b) {
-    if (kind == ONE) return V(set1_ps)(values[b / l->span]);
-    if (kind == SPREAD) return permute(load_ints(l->spread), V(loadu_ps)(values + b * l->per_block));
-    return gather(load_ints(l->lookup + LANES * b), values);
+INLINE vec of_lanes(const lanes *l, int kind, const float *values, const place *p) {
+    if (kind == ONE) return V(set1_ps)(values[p->group]);
+    if (kind == SPREAD) return permute(load_ints(l->spread), V(loadu_ps)(values + p->block * l->per_block));
+    return gather(load_ints(l->lookup + LANES * p->block), values);
 }
 
 /* Rows [first, first + rows) of x: xs[row][block][8][LANES], zeros behind the last column. */
@@ -51,7 +51,8 @@ INLINE void multiply(const task *t, int64_t m, int64_t n, const int rows, const 
     const int64_t blocks = blocks_of(a), words = words_of(a), pitch = t->q->pitch;
     vec total[WIDE][2];
     UNROLL for (int i = 0; i < rows; i++) UNROLL for (int h = 0; h < height; h++) total[i][h] = V(setzero_ps)();
-    for (int64_t b = 0; b < blocks; b++) {
+    place p = place_of(t->l, 0);
+    for (int64_t b = 0; b < blocks; b++, advance(t->l, &p)) {
         const float *x = t->xs + (m * blocks + b) * 8 * LANES;
         vec scale[2], zero[2];
         ivec w[2];
@@ -59,8 +60,8 @@ INLINE void multiply(const task *t, int64_t m, int64_t n, const int rows, const 
             const uint8_t *at = a->packed + ((n + h) * words + b * LANES) * 4;
             w[h] = (b + 1) * LANES <= words ? load_ints(at) : load_some(at, (int)(words - b * LANES));
             _mm_prefetch((const char *)(at + height * words * 4), _MM_HINT_T0);
-            scale[h] = of_lanes(t->l, kind, t->q->scale + h * pitch, b);
-            if (shifted) zero[h] = of_lanes(t->l, kind, t->q->zero + h * pitch, b);
+            scale[h] = of_lanes(t->l, kind, t->q->scale + h * pitch, &p);
+            if (shifted) zero[h] = of_lanes(t->l, kind, t->q->zero + h * pitch, &p);
         }
         UNROLL for (int i = 0; i < 8; i++) {
             vec q[2];

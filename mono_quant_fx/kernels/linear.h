@@ -43,6 +43,22 @@ typedef struct {
     int32_t *lookup; /* [blocks][LANES] */
 } lanes;
 
+/* A block and, for ONE, its group: counted, since a division a block would cost as much as the block. */
+typedef struct {
+    int64_t block, group, left;
+} place;
+
+INLINE place place_of(const lanes *l, int64_t block) {
+    place p = {block, 0, 0};
+    if (l->kind == ONE) p.group = block / l->span, p.left = l->span - block % l->span;
+    return p;
+}
+
+INLINE void advance(const lanes *l, place *p) {
+    p->block++;
+    if (--p->left == 0) p->group++, p->left = l->span;
+}
+
 static int find_lanes(const mq_linear *a, lanes *l) {
     int64_t groups = groups_of(a), count = blocks_of(a) * LANES, group = groups == 1 ? a->columns : a->group;
     memset(l, 0, sizeof *l);
