@@ -15,7 +15,10 @@ enum {
     PANEL = 16, /* blocks in a panel: with TALL rows 24 KiB, which leaves room in L1 for x */
     TALL = 6,
     WIDE = 4,
-    CHUNK_BYTES = 1 << 19, /* of x at a time, half of a usual L2 */
+    STACK = 8,  /* panels that are scaled before x is read, where x has more rows than CHUNK: 192 KiB */
+    CHUNK = 64, /* rows of x that meet one panel after the other: 256 KiB at a time */
+    X_BYTES = 1 << 22,      /* of x that are shuffled at a time */
+    AHEAD_BYTES = 12 << 10, /* of the weight, at least, between what is fetched and what is used */
 };
 
 typedef __m512bh bh;
@@ -32,6 +35,9 @@ INLINE __m512 of_lanes(const lanes *l, int kind, const float *values, const plac
         return _mm512_permutexvar_ps(_mm512_loadu_si512(l->spread), _mm512_loadu_ps(values + p->block * l->per_block));
     return _mm512_i32gather_ps(_mm512_loadu_si512(l->lookup + LANES * p->block), values, 4);
 }
+
+/* Vectors from a row of shuffled x to the next: odd, or the same columns of several rows would meet in one set of L1. */
+INLINE int64_t pitch_of(const mq_linear *a) { return blocks_of(a) * 4 + 1; }
 
 /* 128 columns of x from column `at`, in natural order; zeros behind the last column. */
 INLINE void load_block(const mq_linear *a, const char *row, int64_t at, __m512i v[4]) {
@@ -55,7 +61,9 @@ INLINE void load_block(const mq_linear *a, const char *row, int64_t at, __m512i 
     }
 }
 
-/* Rows [first, first + rows) of x: xs[row][block][4], and sums[row][block] of each word's eight columns unless NULL. */
+/* Rows [first, first + rows) of x: xs[row][block][4], rows pitch_of(a) apart, and sums[row][block] of each word's eight
+ * columns unless NULL.
+ */
 static void shuffle_x(const mq_linear *a, int64_t first, int64_t rows, __m512i *xs, __m512 *sums) {
     uint16_t pick[2][32];
     for (int i = 0; i < 16; i++)
@@ -66,7 +74,7 @@ static void shuffle_x(const mq_linear *a, int64_t first, int64_t rows, __m512i *
     for (int64_t m = 0; m < rows; m++) {
         const char *row = (const char *)a->x + (first + m) * a->x_stride * size_of(a->x_type);
         for (int64_t b = 0; b < blocks; b++) {
-            __m512i v[4], *to = xs + (m * blocks + b) * 4;
+            __m512i v[4], *to = xs + m * pitch_of(a) + b * 4;
             load_block(a, row, b * BLOCK, v);
             __m512i p = _mm512_permutex2var_epi16(v[0], even, v[1]), q = _mm512_permutex2var_epi16(v[0], odd, v[1]);
             __m512i r = _mm512_permutex2var_epi16(v[2], even, v[3]), s = _mm512_permutex2var_epi16(v[2], odd, v[3]);
@@ -92,11 +100,12 @@ typedef struct {
 } few_rows;
 
 /* Adds one block of `rows` rows of x by `height` rows of the weight to the totals. `some` is the block's words, LANES but
- * at the end of a row.
+ * at the end of a row. The rows are used side by side, and fetched one after the other from `ahead`: memory is twice as
+ * fast in the order in which the bytes lie.
  */
 INLINE void few_block(const few_rows *f, const place *p, const __m512i *x, const __m512 *sums, const uint8_t *weight,
-                      const int64_t some, __m512 total[6][4], const int rows, const int height, const int kind,
-                      const int shifted) {
+                      const uint8_t *ahead, const int64_t some, __m512 total[6][4], const int rows, const int height,
+                      const int kind, const int shifted) {
     const int64_t blocks = blocks_of(f->a), row_bytes = words_of(f->a) * 4, pitch = f->q->pitch;
     const __m512i codes = _mm512_set_epi16( /* -8 .. 7 as bf16, twice */
         0x40e0, 0x40c0, 0x40a0, 0x4080, 0x4040, 0x4000, 0x3f80, 0, 0xbf80, 0xc000, 0xc040, 0xc080, 0xc0a0, 0xc0c0,
@@ -106,7 +115,7 @@ INLINE void few_block(const few_rows *f, const place *p, const __m512i *x, const
     __m512i w[4];
     UNROLL for (int h = 0; h < height; h++) {
         w[h] = load_words(weight + h * row_bytes, some);
-        _mm_prefetch((const char *)(weight + (h + height) * row_bytes), _MM_HINT_T0);
+        _mm_prefetch((const char *)(ahead + 64 * h), _MM_HINT_T1);
         UNROLL for (int i = 0; i < rows; i++) {
             part[i][h] = _mm512_setzero_ps();
             if (shifted)
@@ -119,7 +128,7 @@ INLINE void few_block(const few_rows *f, const place *p, const __m512i *x, const
         UNROLL for (int h = 0; h < height; h++)
             q[h] = as_bh(_mm512_permutexvar_epi16(_mm512_srli_epi16(w[h], 4 * j), codes));
         UNROLL for (int i = 0; i < rows; i++) {
-            bh v = as_bh(x[i * blocks * 4 + j]);
+            bh v = as_bh(x[i * pitch_of(f->a) + j]);
             UNROLL for (int h = 0; h < height; h++) part[i][h] = _mm512_dpbf16_ps(part[i][h], q[h], v);
         }
     }
@@ -133,16 +142,18 @@ INLINE void few_block(const few_rows *f, const place *p, const __m512i *x, const
 INLINE void few(const few_rows *f, int64_t m, int64_t n, const int rows, const int height, const int kind,
                 const int shifted) {
     const int64_t blocks = blocks_of(f->a), words = words_of(f->a), whole = words / LANES;
-    const __m512i *x = f->xs + m * blocks * 4;
+    const __m512i *x = f->xs + m * pitch_of(f->a);
     const __m512 *sums = shifted ? f->sums + m * blocks : NULL;
     const uint8_t *weight = f->a->packed + n * words * 4;
+    const uint8_t *ahead = weight + (height * words * 4 > AHEAD_BYTES ? height * words * 4 : AHEAD_BYTES);
     place p = place_of(f->l, 0);
     __m512 total[6][4];
     UNROLL for (int i = 0; i < rows; i++) UNROLL for (int h = 0; h < height; h++) total[i][h] = _mm512_setzero_ps();
-    for (int64_t b = 0; b < whole; b++, x += 4, weight += 64, advance(f->l, &p))
-        few_block(f, &p, x, shifted ? sums + b : NULL, weight, LANES, total, rows, height, kind, shifted);
+    for (int64_t b = 0; b < whole; b++, x += 4, weight += 64, ahead += 64 * height, advance(f->l, &p))
+        few_block(f, &p, x, shifted ? sums + b : NULL, weight, ahead, LANES, total, rows, height, kind, shifted);
     if (whole < blocks)
-        few_block(f, &p, x, shifted ? sums + whole : NULL, weight, words % LANES, total, rows, height, kind, shifted);
+        few_block(f, &p, x, shifted ? sums + whole : NULL, weight, ahead, words % LANES, total, rows, height, kind,
+                  shifted);
     UNROLL for (int i = 0; i < rows; i++) UNROLL for (int h = 0; h < height; h++)
         store_result(f->a, m + i, n + h, _mm512_reduce_add_ps(total[i][h]));
 }
@@ -160,15 +171,17 @@ INLINE void few(const few_rows *f, int64_t m, int64_t n, const int rows, const i
         else                                                                                                           \
             few(f, m, n, ROWS, HEIGHT, LOOKUP, f->a->zero != NULL);                                                    \
     }
-SIZE(1, 4) SIZE(2, 4) SIZE(3, 2) SIZE(4, 2) SIZE(5, 2) SIZE(6, 2)
+SIZE(1, 4) SIZE(2, 4) SIZE(3, 3) SIZE(4, 3) SIZE(4, 2) SIZE(5, 2) SIZE(6, 2)
 SIZE(1, 1) SIZE(2, 1) SIZE(3, 1) SIZE(4, 1) SIZE(5, 1) SIZE(6, 1)
 
 static int multiply_few(const mq_linear *a, const lanes *l, const __m512i *xs, const __m512 *sums, int64_t from,
                          int64_t to) {
     typedef void (*size)(const few_rows *, int64_t, int64_t);
-    static const size sizes[2][6] = {{few_1_1, few_2_1, few_3_1, few_4_1, few_5_1, few_6_1},
-                                     {few_1_4, few_2_4, few_3_2, few_4_2, few_5_2, few_6_2}};
-    int64_t parts = ceil_div(a->rows, 6), height = a->rows <= 2 ? 4 : 2;
+    static const size sizes[5][7] = {[1] = {0, few_1_1, few_2_1, few_3_1, few_4_1, few_5_1, few_6_1},
+                                     [2] = {[4] = few_4_2, few_5_2, few_6_2},
+                                     [3] = {[3] = few_3_3, few_4_3},
+                                     [4] = {[1] = few_1_4, few_2_4}};
+    int64_t parts = ceil_div(a->rows, 6), most = ceil_div(a->rows, parts), height = most > 4 ? 2 : most > 2 ? 3 : 4;
     qparams q;
     few_rows f = {a, l, xs, sums, &q};
     if (!new_qparams(a, 4, &q)) return 0;
@@ -177,7 +190,7 @@ static int multiply_few(const mq_linear *a, const lanes *l, const __m512i *xs, c
         for (int64_t h = 0; h < rows; h++) load_qparams(a, n + h, h, &q);
         for (int64_t m = 0, p = 0; p < parts; p++) {
             int64_t some = (a->rows - m) / (parts - p);
-            sizes[rows > 1][some - 1](&f, m, n);
+            sizes[rows][some](&f, m, n);
             m += some;
         }
         n += rows;
@@ -188,9 +201,9 @@ static int multiply_few(const mq_linear *a, const lanes *l, const __m512i *xs, c
 
 /* ---- many rows of x ---- */
 
-/* Blocks [first, last) of a weight row, scaled, as bf16: to[block][4], TALL vectors apart. */
+/* Blocks [first, last) of a weight row, scaled, as bf16: to[block][4], TALL vectors apart. Fetches from `ahead`. */
 INLINE void scale_row(const mq_linear *a, const lanes *l, int64_t n, int64_t first, int64_t last, const float *scale,
-                      const float *zero, __m512i *to, const int kind) {
+                      const float *zero, const uint8_t *ahead, __m512i *to, const int kind) {
     const int64_t words = words_of(a);
     const uint8_t *row = a->packed + n * words * 4;
     const __m512 codes = _mm512_set_ps(7, 6, 5, 4, 3, 2, 1, 0, -1, -2, -3, -4, -5, -6, -7, -8);
@@ -199,9 +212,9 @@ INLINE void scale_row(const mq_linear *a, const lanes *l, int64_t n, int64_t fir
     for (int i = 0; i < 16; i++) order[2 * i] = i, order[2 * i + 1] = i + 16;
     const __m512i weave = _mm512_loadu_si512(order);
     place p = place_of(l, first);
-    for (int64_t b = first; b < last; b++, advance(l, &p), to += 4 * TALL) {
+    for (int64_t b = first; b < last; b++, advance(l, &p), ahead += 64, to += 4 * TALL) {
         __m512i w = load_words(row + b * 64, words - b * LANES);
-        _mm_prefetch((const char *)(row + b * 64 + TALL * words * 4), _MM_HINT_T1);
+        _mm_prefetch((const char *)ahead, _MM_HINT_T1);
         if (kind == ONE) { /* sixteen values are all there are, until the group ends */
             if (b == first || p.left == l->span) {
                 __m512 v = zero ? _mm512_sub_ps(codes, _mm512_set1_ps(zero[p.group])) : codes;
@@ -257,45 +270,74 @@ static void tiles(const __m512i *xs, int64_t pitch, const __m512i *panel, int64_
     if (rows == 1) tile(xs, pitch, panel, vectors, sums, 1);
 }
 
-static int multiply_many(const mq_linear *a, const lanes *l, const __m512i *xs, int64_t first, int64_t rows,
-                          int64_t from, int64_t to) {
-    const int64_t blocks = blocks_of(a);
-    qparams q;
-    float *sums = malloc(rows * 8 * sizeof *sums);
-    __m512i *panel = aligned_alloc(64, PANEL * 4 * TALL * sizeof *panel);
-    const int ready = new_qparams(a, TALL, &q) && sums && panel;
-    if (ready) {
-        memset(panel, 0, PANEL * 4 * TALL * sizeof *panel);
-        for (int64_t n = from; n < to; n += TALL) {
-            int64_t height = least(to - n, TALL);
-            for (int64_t h = 0; h < height; h++) load_qparams(a, n + h, h, &q);
-            memset(sums, 0, rows * 8 * sizeof *sums);
-            for (int64_t b = 0; b < blocks; b += PANEL) {
-                int64_t last = least(b + PANEL, blocks);
-                for (int64_t h = 0; h < height; h++) {
-                    const float *scale = q.scale + h * q.pitch, *zero = q.zero ? q.zero + h * q.pitch : NULL;
-                    if (l->kind == ONE)
-                        scale_row(a, l, n + h, b, last, scale, zero, panel + h, ONE);
-                    else if (l->kind == SPREAD)
-                        scale_row(a, l, n + h, b, last, scale, zero, panel + h, SPREAD);
-                    else
-                        scale_row(a, l, n + h, b, last, scale, zero, panel + h, LOOKUP);
-                }
-                tiles(xs + b * 4, blocks * 4, panel, (last - b) * 4, sums, rows);
-            }
-            for (int64_t m = 0; m < rows; m++)
-                for (int64_t h = 0; h < height; h++) store_result(a, first + m, n + h, sums[8 * m + h]);
-        }
+/* Blocks [first, last) of the rows from n on, `height` of them, to a panel. */
+static void scale_panel(const mq_linear *a, const lanes *l, const qparams *q, int64_t at, int64_t n, int64_t height,
+                        int64_t first, int64_t last, const uint8_t *ahead, __m512i *panel) {
+    for (int64_t h = 0; h < height; h++, ahead += (last - first) * 64) {
+        const float *scale = q->scale + (at + h) * q->pitch, *zero = q->zero ? q->zero + (at + h) * q->pitch : NULL;
+        if (l->kind == ONE)
+            scale_row(a, l, n + h, first, last, scale, zero, ahead, panel + h, ONE);
+        else if (l->kind == SPREAD)
+            scale_row(a, l, n + h, first, last, scale, zero, ahead, panel + h, SPREAD);
+        else
+            scale_row(a, l, n + h, first, last, scale, zero, ahead, panel + h, LOOKUP);
     }
-    free(q.scale), free(sums), free(panel);
+}
+
+/* out[first..][n .. n + count) from sums[row][8]. */
+static void store_results(const mq_linear *a, int64_t first, int64_t rows, int64_t n, int64_t count, const float *sums) {
+    const __mmask8 mask = (__mmask8)((1 << count) - 1);
+    float bias[8] = {0};
+    if (a->bias)
+        for (int64_t h = 0; h < count; h++) bias[h] = load1(a->bias, a->bias_type, n + h);
+    const __m256 added = _mm256_loadu_ps(bias);
+    for (int64_t m = 0; m < rows; m++) {
+        const __m256 v = _mm256_add_ps(_mm256_loadu_ps(sums + 8 * m), added);
+        char *to = (char *)a->out + ((first + m) * a->out_stride + n) * size_of(a->out_type);
+        if (a->out_type == MQ_F32)
+            _mm256_mask_storeu_ps(to, mask, v);
+        else if (a->out_type == MQ_BF16)
+            _mm_mask_storeu_epi16(to, mask, (__m128i)_mm256_cvtneps_pbh(v));
+        else
+            _mm_mask_storeu_epi16(to, mask, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+    }
+}
+
+/* Rows [first, first + rows) of x, which lie at xs, by rows [from, to) of the weight. */
+static int multiply_many(const mq_linear *a, const lanes *l, const __m512i *xs, int64_t first, int64_t rows,
+                         int64_t from, int64_t to) {
+    const int64_t blocks = blocks_of(a), size = PANEL * 4 * TALL, stack = rows > CHUNK ? STACK : 1;
+    qparams q;
+    float *sums = malloc(stack * rows * 8 * sizeof *sums);
+    __m512i *panels = aligned_alloc(64, stack * size * sizeof *panels);
+    const int ready = new_qparams(a, stack * TALL, &q) && sums && panels;
+    if (ready) memset(panels, 0, stack * size * sizeof *panels);
+    for (int64_t n = from; ready && n < to; n += stack * TALL) {
+        const int64_t height = least(to - n, stack * TALL), some = ceil_div(height, TALL);
+        const uint8_t *ahead = a->packed + (n + stack * TALL) * words_of(a) * 4;
+        for (int64_t h = 0; h < height; h++) load_qparams(a, n + h, h, &q);
+        memset(sums, 0, some * rows * 8 * sizeof *sums);
+        for (int64_t b = 0; b < blocks; b += PANEL) {
+            const int64_t last = least(b + PANEL, blocks);
+            for (int64_t s = 0, h = 0; s < some; s++, h += TALL, ahead += TALL * (last - b) * 64)
+                scale_panel(a, l, &q, h, n + h, least(height - h, TALL), b, last, ahead, panels + s * size);
+            for (int64_t m = 0; m < rows; m += CHUNK)
+                for (int64_t s = 0; s < some; s++)
+                    tiles(xs + m * pitch_of(a) + b * 4, pitch_of(a), panels + s * size, (last - b) * 4,
+                          sums + (s * rows + m) * 8, least(rows - m, CHUNK));
+        }
+        for (int64_t s = 0, h = 0; s < some; s++, h += TALL)
+            store_results(a, first, rows, n + h, least(height - h, TALL), sums + s * rows * 8);
+    }
+    free(q.scale), free(sums), free(panels);
     return ready;
 }
 
 int mq_int4_avx512_bf16(const mq_linear *a) {
-    const int64_t blocks = blocks_of(a), row_bytes = blocks * 4 * 64;
+    const int64_t blocks = blocks_of(a), row_bytes = pitch_of(a) * 64;
     const int is_few = a->rows <= a->few;
-    int64_t chunk = CHUNK_BYTES / row_bytes / WIDE * WIDE;
-    chunk = is_few ? a->rows : least(a->rows, chunk < 4 * WIDE ? 4 * WIDE : chunk);
+    int64_t chunk = X_BYTES / row_bytes / CHUNK * CHUNK;
+    chunk = is_few ? a->rows : least(a->rows, chunk < CHUNK ? CHUNK : chunk);
     lanes l;
     int ready = find_lanes(a, &l);
     __m512i *xs = aligned_alloc(64, chunk * row_bytes);

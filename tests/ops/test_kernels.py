@@ -86,6 +86,13 @@ def test_every_way_of_every_path_computes_the_product(bits, path, way, case):
     check_product(bits, path, way, case)
 
 
+@pytest.mark.parametrize("path", COMPILED)
+@pytest.mark.parametrize("rows", [65, 150])
+def test_an_input_that_is_read_in_several_parts(path, rows):
+    case = {"group": 128, "symmetric": False, "dtype": torch.bfloat16, "bias": True, "gap": 0, "seed": 1}
+    check_product(4, path, "many", {"rows": rows, "columns": 16400, "outputs": 51, **case})
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("bits", "path", "way"), WAYS)
 @settings(law, max_examples=2000)
