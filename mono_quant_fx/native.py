@@ -9,12 +9,12 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import struct
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,24 +33,11 @@ class PerformanceWarning(UserWarning):
     """A slower path than the fastest possible one is taken; the message says why, once."""
 
 
-class _Linear(ctypes.Structure):
-    """mq_linear of kernels/api.h."""
-
-    _fields_: ClassVar[Sequence[tuple[str, type]]] = [
-        *((name, ctypes.c_void_p) for name in ("x", "packed", "scale", "zero", "bias", "out")),
-        *((name, ctypes.c_int64) for name in ("rows", "columns", "outputs", "group", "x_stride", "out_stride")),
-        *((name, ctypes.c_int32) for name in ("x_type", "scale_type", "bias_type", "out_type", "threads", "few")),
-    ]  # fmt: skip
-
-
-class _Dequantize(ctypes.Structure):
-    """mq_dequantize of kernels/api.h."""
-
-    _fields_: ClassVar[Sequence[tuple[str, type]]] = [
-        *((name, ctypes.c_void_p) for name in ("codes", "scale", "zero", "out")),
-        *((name, ctypes.c_int64) for name in ("columns", "outputs", "group", "out_stride")),
-        *((name, ctypes.c_int32) for name in ("scale_type", "out_type", "threads")),
-    ]
+#: mq_linear and mq_dequantize of kernels/api.h: pointers, sizes, and small numbers.
+_LINEAR = struct.Struct("6P6q6i")
+_DEQUANTIZE = struct.Struct("4P4q3i")
+#: Products below which waking a second thread takes longer than it saves.
+ALONE = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -132,9 +119,14 @@ def say_slow() -> None:
         )
 
 
-def takes(*tensors: Tensor | None) -> bool:
-    """Whether the library can read these: on the CPU, in one piece, of a known type (codes aside)."""
-    return all(t is None or (t.is_contiguous() and (t.dtype in TYPES or not t.is_floating_point())) for t in tensors)
+def takes(stored: tuple[Tensor, Tensor, Tensor | None], bias: Tensor | None = None) -> bool:
+    """Whether the library can read these: in one piece, of types that it knows. The codes are checked elsewhere."""
+    _, scale, zero_point = stored
+    return (
+        all(t is None or t.is_contiguous() for t in (*stored, bias))
+        and all(t is None or t.dtype in TYPES for t in (scale, bias))
+        and (zero_point is None or zero_point.dtype == torch.int8)
+    )
 
 
 def linear(
@@ -144,31 +136,33 @@ def linear(
     bias: Tensor | None,
     group_size: int,
     out: Tensor,
-    few: int = 0,
+    few: bool = False,
 ) -> None:
-    """out [M, N] = x [M, K] @ dequantized.T + bias; see kernels/api.h.
+    """out [..., N] = x [..., K] @ dequantized.T + bias; see kernels/api.h.
 
     Args:
         kernel: "int4_avx2" and so on.
-        x: float32, bfloat16 or float16, its rows in one piece.
+        x: float32, bfloat16 or float16; contiguous, or a matrix whose rows are each in one piece.
         stored: weight_packed [N, ceil(K/8)] (INT8: [N, K]), weight_scale, weight_zero_point: checked, and such that
             takes() holds.
-        out: of any of the three types.
-        few: rows of x up to which avx512_bf16 scales sums of products of codes instead of scaling the codes.
+        out: contiguous, not empty, of any of the three types.
+        few: whether avx512_bf16 scales sums of products of codes, instead of scaling the codes.
 
     Raises:
         MemoryError: the scratch (a copy of x, or of 2^19 bytes of it) does not fit.
     """
     packed, scale, zero_point = stored
-    arguments = _Linear(
+    columns, outputs = x.shape[-1], out.shape[-1]
+    rows = out.numel() // outputs
+    arguments = _LINEAR.pack(
         x.data_ptr(), packed.data_ptr(), scale.data_ptr(),
-        None if zero_point is None else zero_point.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-        out.data_ptr(), *x.shape, packed.shape[0], group_size, x.stride(0), out.stride(0),
+        0 if zero_point is None else zero_point.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        out.data_ptr(), rows, columns, outputs, group_size, x.stride(-2) if x.dim() > 1 else columns, outputs,
         TYPES[x.dtype], TYPES[scale.dtype], 0 if bias is None else TYPES[bias.dtype], TYPES[out.dtype],
-        torch.get_num_threads(), few,
+        1 if rows * columns * outputs < ALONE else torch.get_num_threads(), rows if few else 0,
     )  # fmt: skip
-    _check(_entry(f"mq_{kernel}")(ctypes.byref(arguments)))
+    _check(_entry(f"mq_{kernel}")(arguments))
 
 
 def dequantize(
@@ -181,21 +175,23 @@ def dequantize(
     """
     codes, scale, zero_point = stored
     rows, groups = out.shape[0], scale.shape[1]
-    zero = None if zero_point is None else zero_point.data_ptr() + first * groups
-    arguments = _Dequantize(
+    zero = 0 if zero_point is None else zero_point.data_ptr() + first * groups
+    arguments = _DEQUANTIZE.pack(
         codes.data_ptr() + first * codes.stride(0) * codes.element_size(),
         scale.data_ptr() + first * groups * scale.element_size(),
         zero, out.data_ptr(), out.shape[1], rows, group_size, out.stride(0),
         TYPES[scale.dtype], TYPES[out.dtype], torch.get_num_threads(),
     )  # fmt: skip
-    _check(_entry(f"mq_dequantize_int{bits}")(ctypes.byref(arguments)))
+    _check(_entry(f"mq_dequantize_int{bits}")(arguments))
 
 
 @functools.cache
 def _entry(name: str) -> Any:
     library, why = _library()
     assert library is not None, why
-    return getattr(library, name)
+    entry = getattr(library, name)
+    entry.argtypes = [ctypes.c_char_p]  # the bytes of a struct
+    return entry
 
 
 def _check(status: int) -> None:

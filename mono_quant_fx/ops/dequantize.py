@@ -61,7 +61,7 @@ def _int4_cpu(packed: Tensor, scale: Tensor, zero_point: Tensor | None, group_si
 
 def _by_kernel(bits: int, stored: numerics.QuantizedWeight, group_size: int, columns: int) -> Tensor:
     """The kernel's bits are the reference's."""
-    if native.path() == "torch" or not native.takes(*stored) or stored.weight_scale.dtype not in native.TYPES:
+    if native.path() == "torch" or not native.takes(stored):
         return numerics.dequantize_weight(stored, group_size, columns)
     out = stored.weight_scale.new_empty(stored.weight_packed.shape[0], columns)
     native.dequantize(bits, stored, group_size, out)

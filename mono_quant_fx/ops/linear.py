@@ -76,12 +76,14 @@ def _int4(*arguments: Any) -> Tensor:
     return _tiled_linear(x, rows, bias, tile)
 
 
-def _int4_cpu(*arguments: Any) -> Tensor:
-    call = _Int4(*arguments)
-    call.check()
-    weight = numerics.QuantizedWeight(*call[1:4])
-    out = ways.linear(4, call.x, weight, call.bias, call.group_size, call.compute)
-    return _int4(*arguments) if out is None else out
+def _int4_cpu(
+    x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, group: int, compute: str = "auto"
+) -> Tensor:
+    def check() -> None:
+        _Int4(x, packed, scale, zero, bias, group, compute).check()
+
+    out = ways.linear(4, x, numerics.QuantizedWeight(packed, scale, zero), bias, group, compute, check)
+    return _int4(x, packed, scale, zero, bias, group, compute) if out is None else out
 
 
 def _int4_fake(*arguments: Any) -> Tensor:
@@ -90,14 +92,16 @@ def _int4_fake(*arguments: Any) -> Tensor:
     return call.x.new_empty(*call.x.shape[:-1], call.packed.shape[0])
 
 
-def _check_int8(x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None) -> None:
+def _check_int8(
+    x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None
+) -> None:
+    _check_input(x, weight.shape[0], bias)
     check_int8(weight, scale, zero_point)
     torch._check(x.shape[-1] == weight.shape[1], lambda: f"x has {x.shape[-1]} columns, weight {weight.shape[1]}")
 
 
 def _int8(x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None) -> Tensor:
-    _check_input(x, weight.shape[0], bias)
-    _check_int8(x, weight, scale, zero_point)
+    _check_int8(x, weight, scale, zero_point, bias)
 
     def tile(at: slice) -> Tensor:
         return numerics.dequantize(weight[at], scale[at], None if zero_point is None else zero_point[at], -1)
@@ -106,15 +110,15 @@ def _int8(x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, b
 
 
 def _int8_cpu(x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None) -> Tensor:
-    _check_input(x, weight.shape[0], bias)
-    _check_int8(x, weight, scale, zero_point)
-    out = ways.linear(8, x, numerics.QuantizedWeight(weight, scale, zero_point), bias, -1, "auto")
+    def check() -> None:
+        _check_int8(x, weight, scale, zero_point, bias)
+
+    out = ways.linear(8, x, numerics.QuantizedWeight(weight, scale, zero_point), bias, -1, "auto", check)
     return _int8(x, weight, scale, zero_point, bias) if out is None else out
 
 
 def _int8_fake(x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None) -> Tensor:
-    _check_input(x, weight.shape[0], bias)
-    _check_int8(x, weight, scale, zero_point)
+    _check_int8(x, weight, scale, zero_point, bias)
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 

@@ -12,6 +12,7 @@ and the choice follows from the number of rows alone.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -33,13 +34,17 @@ SCRATCH = 1 << 19
 _CHOSEN: dict[tuple[Any, ...], str] = {}
 
 
+#: What the operands look like -> the kernel that takes them, "" where torch does.
+_KERNELS: dict[tuple[Any, ...], str] = {}
+
+
 class Call(NamedTuple):
-    """One product: out [M, N] = x [M, K] @ dequantized.T + bias, by a kernel.
+    """One product: out [..., N] = x [..., K] @ dequantized.T + bias, by a kernel.
 
     Attributes:
         kernel: the path that multiplies, of native.PATHS.
         bits: of the weight's codes, 4 or 8.
-        x: [M, K], each row in one piece. out: [M, N], contiguous.
+        x: contiguous, or a matrix whose rows are each in one piece. out: contiguous.
     """
 
     kernel: str
@@ -50,39 +55,76 @@ class Call(NamedTuple):
     group_size: int
     out: Tensor
 
+    @property
+    def rows(self) -> int:
+        """M, the product of x's leading sizes."""
+        return self.out.numel() // self.out.shape[-1]
+
 
 def linear(
-    bits: int, x: Tensor, weight: QuantizedWeight, bias: Tensor | None, group_size: int, compute: str
+    bits: int,
+    x: Tensor,
+    weight: QuantizedWeight,
+    bias: Tensor | None,
+    group_size: int,
+    compute: str,
+    check: Callable[[], None],
 ) -> Tensor | None:
-    """x [..., K] -> [..., N] in x's dtype; None where the kernels do not take it. The operands are checked."""
+    """x [..., K] -> [..., N] in x's dtype; None where the kernels do not take it.
+
+    `check` raises unless the operands fit. What it reads, and what decides the kernel, is in the key, so it runs once.
+    """
+    packed, scale, zero_point = weight
+    shape = x.shape
+    key = (
+        native.path(), bits, x.dtype, shape[-1:], packed.shape, packed.dtype, packed.is_contiguous(),
+        scale.shape, scale.dtype, scale.is_contiguous(), zero_point is None or _look(zero_point),
+        bias is None or _look(bias), group_size, compute,
+    )  # fmt: skip
+    kernel = _KERNELS.get(key)
+    if kernel is None:
+        check()
+        kernel = _KERNELS[key] = _kernel(bits, x, weight, bias, compute)
+    if not kernel:
+        return None
+    out = x.new_empty((*shape[:-1], packed.shape[0]))
+    if out.numel():
+        if compute == "bfloat16":
+            x = x.bfloat16()
+        call = Call(kernel, bits, x if x.is_contiguous() else _matrix(x), weight, bias, group_size, out)
+        run(choose(call), call)
+    return out
+
+
+def _look(t: Tensor) -> tuple[Any, ...]:
+    return t.shape, t.dtype, t.is_contiguous()
+
+
+def _kernel(bits: int, x: Tensor, weight: QuantizedWeight, bias: Tensor | None, compute: str) -> str:
     path = native.path()
     if path == "torch":
         native.say_slow()
-        return None
-    if x.dtype not in native.TYPES or not native.takes(*weight, bias):
-        return None
+        return ""
+    if x.dtype not in native.TYPES or not native.takes(weight, bias):
+        return ""
+    return "avx512" if path == "avx512_bf16" and (bits == 8 or compute == "float32") else path
+
+
+def _matrix(x: Tensor) -> Tensor:
+    """x [..., K] as [M, K] with rows in one piece: a view where strides allow it."""
     flat = x.reshape(-1, x.shape[-1])
-    if flat.stride(-1) != 1 and flat.shape[1] > 1:
-        flat = flat.contiguous()
-    if path == "avx512_bf16" and (bits == 8 or compute == "float32"):
-        path = "avx512"
-    if compute == "bfloat16":
-        flat = flat.bfloat16()
-    call = Call(path, bits, flat, weight, bias, group_size, x.new_empty(flat.shape[0], weight.weight_packed.shape[0]))
-    if call.out.numel():
-        run(choose(call), call)
-    return call.out.view(*x.shape[:-1], call.out.shape[1])
+    return flat if flat.stride(-1) == 1 or flat.shape[1] == 1 else flat.contiguous()
 
 
 def choose(call: Call) -> str:
     """The way: by the number of rows where that settles it, else measured once for the class of shapes."""
-    rows = call.x.shape[0]
+    rows = call.rows
     if rows <= ALWAYS_FEW:
         return "few"
     candidates = _candidates(call, rows)
     if len(candidates) == 1 or torch.are_deterministic_algorithms_enabled():
         return candidates[0]
-    sizes = (n.bit_length() for n in (rows, call.x.shape[1], call.out.shape[1], call.group_size + 1))
+    sizes = (n.bit_length() for n in (rows, call.x.shape[-1], call.out.shape[-1], call.group_size + 1))
     key = (call.kernel, call.bits, call.x.dtype, torch.get_num_threads(), *sizes)
     if key not in _CHOSEN:
         best, least = candidates[0], float("inf")
@@ -120,8 +162,7 @@ def run(way: str, call: Call) -> None:
     if way == "matmul":
         _matmul(call)
     else:
-        few = x.shape[0] if way == "few" else 0
-        native.linear(f"int{bits}_{kernel}", x, weight, bias, group_size, out, few)
+        native.linear(f"int{bits}_{kernel}", x, weight, bias, group_size, out, way == "few")
 
 
 def _multiplies_halves(call: Call) -> bool:
@@ -131,11 +172,13 @@ def _multiplies_halves(call: Call) -> bool:
 
 def _matmul(call: Call) -> None:
     dtype = torch.bfloat16 if _multiplies_halves(call) else torch.float32
-    x, bias = call.x.to(dtype), None if call.bias is None else call.bias.to(dtype)
-    height = max(16, SCRATCH // (x.shape[1] * dtype.itemsize))
-    scratch = torch.empty(min(height, call.out.shape[1]), x.shape[1], dtype=dtype)
-    for first in range(0, call.out.shape[1], height):
+    columns, outputs = call.x.shape[-1], call.out.shape[-1]
+    x, out = call.x.reshape(-1, columns).to(dtype), call.out.view(-1, outputs)
+    bias = None if call.bias is None else call.bias.to(dtype)
+    height = max(16, SCRATCH // (columns * dtype.itemsize))
+    scratch = torch.empty(min(height, outputs), columns, dtype=dtype)
+    for first in range(0, outputs, height):
         at = slice(first, first + height)
-        tile = scratch[: call.out[:, at].shape[1]]
+        tile = scratch[: out[:, at].shape[1]]
         native.dequantize(call.bits, call.weight, call.group_size, tile, first)
-        call.out[:, at] = x @ tile.t() if bias is None else torch.addmm(bias[at], x, tile.t())
+        out[:, at] = x @ tile.t() if bias is None else torch.addmm(bias[at], x, tile.t())
