@@ -17,8 +17,8 @@ enum {
     WIDE = 4,
     STACK = 8,  /* panels that are scaled before x is read, where x has more rows than CHUNK: 192 KiB */
     CHUNK = 64, /* rows of x that meet one panel after the other: 256 KiB at a time */
-    X_BYTES = 1 << 22,      /* of x that are shuffled at a time */
-    AHEAD_BYTES = 12 << 10, /* of the weight, at least, between what is fetched and what is used */
+    X_BYTES = 1 << 22, /* of x that are shuffled at a time */
+    AHEAD_BYTES = 12 << 10,
 };
 
 typedef __m512bh bh;
@@ -34,6 +34,14 @@ INLINE __m512 of_lanes(const lanes *l, int kind, const float *values, const plac
     if (kind == SPREAD)
         return _mm512_permutexvar_ps(_mm512_loadu_si512(l->spread), _mm512_loadu_ps(values + p->block * l->per_block));
     return _mm512_i32gather_ps(_mm512_loadu_si512(l->lookup + LANES * p->block), values, 4);
+}
+
+/* How far before its use a weight is fetched: past the rows that are used side by side, and far enough for memory. It is
+ * fetched in the order in which the bytes lie, even where it is used in another: that is twice as fast.
+ */
+INLINE int64_t ahead_of(const mq_linear *a, int64_t height) {
+    int64_t rows = height * words_of(a) * 4;
+    return rows > AHEAD_BYTES ? rows : AHEAD_BYTES;
 }
 
 /* Vectors from a row of shuffled x to the next: odd, or the same columns of several rows would meet in one set of L1. */
@@ -100,8 +108,7 @@ typedef struct {
 } few_rows;
 
 /* Adds one block of `rows` rows of x by `height` rows of the weight to the totals. `some` is the block's words, LANES but
- * at the end of a row. The rows are used side by side, and fetched one after the other from `ahead`: memory is twice as
- * fast in the order in which the bytes lie.
+ * at the end of a row. Fetches from `ahead`.
  */
 INLINE void few_block(const few_rows *f, const place *p, const __m512i *x, const __m512 *sums, const uint8_t *weight,
                       const uint8_t *ahead, const int64_t some, __m512 total[6][4], const int rows, const int height,
@@ -145,7 +152,7 @@ INLINE void few(const few_rows *f, int64_t m, int64_t n, const int rows, const i
     const __m512i *x = f->xs + m * pitch_of(f->a);
     const __m512 *sums = shifted ? f->sums + m * blocks : NULL;
     const uint8_t *weight = f->a->packed + n * words * 4;
-    const uint8_t *ahead = weight + (height * words * 4 > AHEAD_BYTES ? height * words * 4 : AHEAD_BYTES);
+    const uint8_t *ahead = weight + ahead_of(f->a, height);
     place p = place_of(f->l, 0);
     __m512 total[6][4];
     UNROLL for (int i = 0; i < rows; i++) UNROLL for (int h = 0; h < height; h++) total[i][h] = _mm512_setzero_ps();

@@ -77,13 +77,13 @@ def _int4(*arguments: Any) -> Tensor:
 
 
 def _int4_cpu(
-    x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, group: int, compute: str = "auto"
+    x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, size: int, compute: str = "auto"
 ) -> Tensor:
     def check() -> None:
-        _Int4(x, packed, scale, zero, bias, group, compute).check()
+        _Int4(x, packed, scale, zero, bias, size, compute).check()
 
-    out = ways.linear(4, x, numerics.QuantizedWeight(packed, scale, zero), bias, group, compute, check)
-    return _int4(x, packed, scale, zero, bias, group, compute) if out is None else out
+    out = ways.linear(4, x, numerics.QuantizedWeight(packed, scale, zero), bias, size, compute, check)
+    return _int4(x, packed, scale, zero, bias, size, compute) if out is None else out
 
 
 def _int4_fake(*arguments: Any) -> Tensor:
@@ -92,9 +92,7 @@ def _int4_fake(*arguments: Any) -> Tensor:
     return call.x.new_empty(*call.x.shape[:-1], call.packed.shape[0])
 
 
-def _check_int8(
-    x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None
-) -> None:
+def _check_int8(x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None) -> None:
     _check_input(x, weight.shape[0], bias)
     check_int8(weight, scale, zero_point)
     torch._check(x.shape[-1] == weight.shape[1], lambda: f"x has {x.shape[-1]} columns, weight {weight.shape[1]}")

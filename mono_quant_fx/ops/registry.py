@@ -40,8 +40,8 @@ def register(
 def _without_detour(with_gradient: Callable[..., Any], cpu: Callable[..., Any]) -> Callable[..., Any]:
     """torch.library.register_autograd's kernel, but for the call that is the most frequent and has the least to do.
 
-    Where nothing wants a gradient and the dispatcher's next stop is the CPU's implementation, it is called at once: going
-    back through the dispatcher takes 4 us, as long as the whole product of a small layer.
+    Where nothing wants a gradient and the dispatcher's next stop is the CPU's implementation, it is called at once:
+    going back through the dispatcher takes 4 us, as long as the whole product of a small layer.
     """
 
     def kernel(keyset: torch._C.DispatchKeySet, *arguments: Any) -> Any:
