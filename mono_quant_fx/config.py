@@ -26,7 +26,7 @@ DEFAULT_INT4_SKIP: Mapping[str, Any] = {
 }
 
 FALLBACKS = ("int8", "shrink", "skip", "error")
-COMPUTE = ("auto", "float32", "bfloat16")
+COMPUTE = ("auto", "float32", "bfloat16", "int8")
 OBSERVERS = ("minmax", "moving_average_minmax", "histogram", "percentile", "auto")
 
 
@@ -117,7 +117,8 @@ class QuantConfig:
         observer: what measures those ranges: a name that create_observer knows (see docs/observers.md), or "auto".
         bias_correction: folds the mean output error that rounding leaves into the biases (arXiv 1906.04721).
         compute: how INT4 linears multiply float32 and float16 inputs. "bfloat16" rounds the inputs first, "float32"
-            does not, and "auto" does where the CPU multiplies bfloat16 faster (docs/kernels.md has the cost).
+            does not, and "auto" does where the CPU multiplies bfloat16 faster. "int8" rounds inputs of any type to
+            INT8, one scale for each row and group, in each call (docs/kernels.md has the costs).
         accuracy_warning: "warn", "error" (raise AccuracyError on a critical finding) or "ignore".
         sqnr_warning_threshold: dB below which a node is reported.
         sqnr_error_threshold: dB below which a node is critical.

@@ -109,6 +109,13 @@ def path() -> str:
     return kernels().active
 
 
+@functools.cache
+def has_int8(path: str) -> bool:
+    """Whether INT8 dot products may be used on that path."""
+    library, _ = _library()
+    return path.startswith("avx512") and library is not None and bool(library.mq_vnni())
+
+
 @functools.cache  # once, unless the warning is turned into an error
 def say_slow() -> None:
     """Says that torch runs what a compiled kernel would run faster, unless that was asked for."""

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mono_quant_fx.config import QuantScheme, check_group_size
@@ -29,6 +30,8 @@ if sys.byteorder != "little":  # the packed words are viewed as bytes
 
 #: Elements of a weight that are worked on at a time: the float scratch stays at 2 MB.
 TILE = 1 << 19
+#: Groups of activations whose largest magnitude is below it count as zeros: 127 divided by it must be finite.
+SMALLEST = 1e-36
 
 
 class QuantizedWeight(NamedTuple):
@@ -219,6 +222,22 @@ def _quantize_tile(tile: Tensor, scheme: QuantScheme) -> QuantizedWeight:
     scale, zero_point = choose_qparams(tile, scheme)
     codes = quantize(tile, scale, zero_point, scheme)
     return QuantizedWeight(pack_int4(codes) if scheme.bits == 4 else codes, scale, zero_point)
+
+
+def round_activations(x: Tensor, group_size: int) -> Tensor:
+    """x [..., K] rounded to INT8 values, one scale for each row and group; float32.
+
+    scale = max |x| / 127 over the group, code = round(x * (127 / max |x|)), x' = scale * code, in float32 at each step.
+
+    >>> round_activations(torch.tensor([[1.0, -0.5, 0.1, 0.0]]), -1)
+    tensor([[ 1.0000, -0.5039,  0.1024,  0.0000]])
+    """
+    columns = x.shape[-1]
+    size = columns if group_size == -1 else group_size
+    groups = F.pad(x.float(), (0, -columns % max(1, size))).unflatten(-1, (-1, max(1, size)))
+    most = groups.abs().amax(-1, keepdim=True)
+    inverse = torch.where(most < SMALLEST, 0.0, torch.div(torch.full_like(most, 127.0), most))
+    return ((groups * inverse).round_() * (most / 127.0)).flatten(-2)[..., :columns]
 
 
 def grouped(x: Tensor, group_size: int) -> Iterator[tuple[Tensor, slice]]:

@@ -33,10 +33,14 @@ typedef struct {
 
 /* The best of the paths that this CPU can run: 0 none, 1 AVX2 with FMA, 2 AVX-512, 3 AVX-512 with bf16 dot products. */
 MQ_EXPORT int mq_cpu(void);
+/* Whether it has INT8 dot products for AVX-512 as well. */
+MQ_EXPORT int mq_vnni(void);
 
 MQ_EXPORT int mq_int4_avx512_bf16(const mq_linear *a);
 MQ_EXPORT int mq_int4_avx512(const mq_linear *a);
 MQ_EXPORT int mq_int4_avx2(const mq_linear *a);
+/* x rounded to INT8, one scale for each row and group: amax / 127. */
+MQ_EXPORT int mq_int4_avx512_vnni(const mq_linear *a);
 /* The same with INT8 codes [outputs][columns] at `packed`, and one group a row. */
 MQ_EXPORT int mq_int8_avx512(const mq_linear *a);
 MQ_EXPORT int mq_int8_avx2(const mq_linear *a);

@@ -8,7 +8,7 @@
  */
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c")
 #define LANES 16
-#include "linear.h"
+#include "lanes.h"
 
 enum {
     BLOCK = 128,

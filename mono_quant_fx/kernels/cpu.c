@@ -9,3 +9,5 @@ int mq_cpu(void) {
         return 1;
     return __builtin_cpu_supports("avx512bf16") ? 3 : 2;
 }
+
+int mq_vnni(void) { return mq_cpu() >= 2 && __builtin_cpu_supports("avx512vnni"); }

@@ -10,7 +10,7 @@
  * A block is LANES words, 8 LANES columns; lane l belongs to word l, so that one vector of scales serves any group size
  * that is a multiple of 8. x becomes fp32 in that order once a call: vector i of a block holds columns 8 l + i.
  */
-#include "linear.h"
+#include "lanes.h"
 
 enum { WIDE = 4, CHUNK_BYTES = 1 << 19 };
 

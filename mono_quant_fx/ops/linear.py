@@ -49,6 +49,7 @@ class _Int4(NamedTuple):
 
 
 def _tiled_linear(x: Tensor, rows: int, bias: Tensor | None, tile: Callable[[slice], Tensor]) -> Tensor:
+    bias = None if bias is None else bias.to(x.dtype)
     flat = x.reshape(-1, x.shape[-1])
     out = flat.new_empty(flat.shape[0], rows)
     step = max(1, numerics.TILE // max(1, x.shape[-1]))
@@ -63,8 +64,11 @@ def _int4(*arguments: Any) -> Tensor:
     call = _Int4(*arguments)
     call.check()
     x, packed, scale, zero_point, bias, group_size, compute = call
+    dtype = x.dtype
     if compute == "bfloat16":
-        x = x.bfloat16().to(x.dtype)
+        x = x.bfloat16().to(dtype)
+    if compute == "int8":
+        x = numerics.round_activations(x, group_size)
     rows, columns = packed.shape[0], x.shape[-1]
     width = packed.shape[1] * 8
     scratch = scale.new_empty(min(rows, max(1, numerics.TILE // max(1, columns))), width)
@@ -73,7 +77,7 @@ def _int4(*arguments: Any) -> Tensor:
         zero = None if zero_point is None else zero_point[at]
         return numerics.dequantize_packed(packed[at], scale[at], zero, group_size, scratch)[:, :columns]
 
-    return _tiled_linear(x, rows, bias, tile)
+    return _tiled_linear(x, rows, bias, tile).to(dtype)
 
 
 def _int4_cpu(

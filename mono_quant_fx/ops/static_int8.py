@@ -68,7 +68,9 @@ def _int4_linear(*arguments: Any) -> Tensor:
     # whole numbers up to 255 are exact in bfloat16 as well, so that the scale of x comes last
     dtype = torch.promote_types(scale.dtype, torch.float32)
     steps = x.codes.to(dtype) - x.zero_point.to(dtype)
-    out = int4_linear(steps, *weight, None, *arguments[7:]) * x.scale.to(dtype)
+    group_size, compute = arguments[7], arguments[8] if len(arguments) > 8 else "auto"
+    compute = "auto" if compute == "int8" else compute  # x is INT8 already
+    out = int4_linear(steps, *weight, None, group_size, compute) * x.scale.to(dtype)
     return (out if bias is None else out + bias).to(scale.dtype)
 
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mono_quant_fx import native
+from mono_quant_fx import native, numerics
 from mono_quant_fx.numerics import QuantizedWeight
 
 #: Rows of x up to which the first way is always taken, and from which on it never is.
@@ -30,6 +30,9 @@ MARGIN = 0.95
 REPEATS = 3
 #: Bytes of the scratch of a tile: half of a usual L2.
 SCRATCH = 1 << 19
+
+#: The kernel that rounds x to INT8 itself; it has one way.
+INT8 = "avx512_vnni"
 
 _CHOSEN: dict[tuple[Any, ...], str] = {}
 
@@ -91,6 +94,8 @@ def linear(
     if out.numel():
         if compute == "bfloat16":
             x = x.bfloat16()
+        if compute == "int8" and kernel != INT8:
+            x = numerics.round_activations(x, group_size)
         call = Call(kernel, bits, x if x.is_contiguous() else _matrix(x), weight, bias, group_size, out)
         run(choose(call), call)
     return out
@@ -107,7 +112,9 @@ def _kernel(bits: int, x: Tensor, weight: QuantizedWeight, bias: Tensor | None, 
         return ""
     if x.dtype not in native.TYPES or not native.takes(weight, bias):
         return ""
-    return "avx512" if path == "avx512_bf16" and (bits == 8 or compute == "float32") else path
+    if compute == "int8" and native.has_int8(path):
+        return INT8
+    return "avx512" if path == "avx512_bf16" and (bits == 8 or compute in ("float32", "int8")) else path
 
 
 def _matrix(x: Tensor) -> Tensor:
@@ -138,6 +145,8 @@ def choose(call: Call) -> str:
 
 def _candidates(call: Call, rows: int) -> list[str]:
     """The ways that may be fastest, at first the one that is taken when nothing is timed."""
+    if call.kernel == INT8:
+        return ["many"]
     if call.kernel == "avx512_bf16":
         few = ["few"] if rows < NEVER_FEW else []
         matmul = ["matmul"] if rows >= MATMUL and _multiplies_halves(call) else []

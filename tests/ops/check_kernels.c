@@ -47,10 +47,12 @@ static int code(const uint8_t *packed, int64_t words, int64_t n, int64_t k) {
 
 typedef int (*kernel)(const mq_linear *);
 
-static int check_linear(kernel multiply, int bits, double tolerance) {
+/* `step`: how far, in parts of a row's largest magnitude, x itself may be rounded. */
+static int check_linear(kernel multiply, int bits, double tolerance, double step) {
     static const int64_t groups_of[] = {8, 16, 24, 32, 40, 64, 128, 256, -1};
     mq_linear a = {0};
-    a.rows = draw(8) ? draw(14) : 60 + draw(80), a.columns = 1 + draw(400), a.outputs = 1 + draw(40), a.group = groups_of[draw(9)];
+    a.rows = draw(8) ? draw(14) : 60 + draw(80), a.columns = 1 + draw(400), a.outputs = 1 + draw(40);
+    a.group = groups_of[draw(9)];
     a.x_stride = a.columns + draw(3), a.out_stride = a.outputs + draw(3);
     a.x_type = draw(3), a.scale_type = draw(3), a.bias_type = draw(3), a.out_type = MQ_F32;
     a.threads = 1 + draw(3), a.few = draw(2) ? a.rows : 0;
@@ -72,19 +74,24 @@ static int check_linear(kernel multiply, int bits, double tolerance) {
     a.x = x, a.packed = packed, a.scale = scale, a.out = out;
     a.bias = draw(2) ? bias : NULL, a.zero = draw(2) ? zero : NULL;
     int wrong = multiply(&a) != 0;
-    for (int64_t m = 0; m < a.rows; m++)
+    for (int64_t m = 0; m < a.rows; m++) {
+        double most = 0;
+        for (int64_t k = 0; k < a.columns; k++) most = fmax(most, fabs(get(x, a.x_type, m * a.x_stride + k)));
         for (int64_t n = 0; n < a.outputs; n++) {
-            double sum = a.bias ? get(bias, a.bias_type, n) : 0.0, size = fabs(sum);
+            double rounded = 0, sum = a.bias ? get(bias, a.bias_type, n) : 0.0, size = fabs(sum);
             for (int64_t k = 0; k < a.columns; k++) {
                 int64_t g = n * groups + (a.group < 0 ? 0 : k / a.group);
                 int c = bits == 4 ? code(packed, words, n, k) : (int8_t)packed[n * a.columns + k];
                 double w = (c - (a.zero ? zero[g] : 0)) * get(scale, a.scale_type, g);
                 double product = get(x, a.x_type, m * a.x_stride + k) * w;
-                sum += product, size += fabs(product);
+                sum += product, size += fabs(product), rounded += step * most * fabs(w);
             }
-            wrong |= !(fabs(out[m * a.out_stride + n] - sum) <= tolerance * size + 1e-6);
+            wrong |= !(fabs(out[m * a.out_stride + n] - sum) <= tolerance * size + rounded + 1e-6);
         }
-    if (wrong) printf("linear: INT%d, %ld x %ld by %ld, group %ld\n", bits, (long)a.rows, (long)a.columns, (long)a.outputs, (long)a.group);
+    }
+    if (wrong) 
+        printf("linear: INT%d, %ld x %ld by %ld, group %ld\n", bits, (long)a.rows, (long)a.columns, (long)a.outputs,
+               (long)a.group);
     free(x), free(packed), free(scale), free(bias), free(zero), free(out);
     return wrong;
 }
@@ -123,8 +130,9 @@ int main(void) {
     static const double tolerances[] = {2e-6, 2e-6, 1.0 / 128};
     int wrong = 0, paths = mq_cpu();
     for (int i = 0; i < 400; i++) {
-        for (int path = 0; path < paths; path++) wrong += check_linear(int4[path], 4, tolerances[path]);
-        for (int path = 0; path < paths && path < 2; path++) wrong += check_linear(int8[path], 8, tolerances[path]);
+        for (int path = 0; path < paths; path++) wrong += check_linear(int4[path], 4, tolerances[path], 0);
+        for (int path = 0; path < paths && path < 2; path++) wrong += check_linear(int8[path], 8, tolerances[path], 0);
+        if (mq_vnni()) wrong += check_linear(mq_int4_avx512_vnni, 4, tolerances[0], 1.0 / 253);
         if (paths) wrong += check_dequantize();
     }
     printf("%d paths, %d wrong\n", paths, wrong);

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import mono_quant_fx as mq
 from mono_quant_fx import native, numerics, ops
-from mono_quant_fx.config import QuantScheme
+from mono_quant_fx.config import COMPUTE, QuantScheme
 from mono_quant_fx.ops import ways
 
 #: KERNEL_TOLERANCE of docs/kernels.md: |kernel - exact| over sum |x| |w| + |bias|. In float32 each of K products and
@@ -22,6 +22,7 @@ TINY = 1e-7  # float16 has subnormal results, which are rounded absolutely
 
 COMPILED = native.kernels().available[1:]
 WAYS = [(4, path, way) for path in COMPILED for way in ("few", "many", "matmul")]
+WAYS += [(4, ways.INT8, "many")] if COMPILED and native.has_int8(COMPILED[-1]) else []
 WAYS += [(8, path, way) for path in COMPILED if path != "avx512_bf16" for way in ("many", "matmul")]
 dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 law = settings(deadline=None, derandomize=True, max_examples=150)
@@ -75,6 +76,8 @@ def check_product(bits, path, way, case):
     x, stored, bias = operands(**case, bits=bits)
     out = x.new_full((len(x), len(stored.weight_packed)), float("nan"))
     ways.run(way, ways.Call(path, bits, x, stored, bias, case["group"] if bits == 4 else -1, out))
+    if path == ways.INT8:
+        x = numerics.round_activations(x, case["group"])
     halves = case["dtype"] == torch.bfloat16 if way == "matmul" else path == "avx512_bf16"
     assert_close(out, x, stored, bias, case["group"], "bfloat16" if halves else "float32")
 
@@ -137,7 +140,7 @@ def test_the_dequantize_ops_give_the_same_bits_on_every_path(path, dtype, use):
 
 
 @pytest.mark.parametrize("path", COMPILED)
-@pytest.mark.parametrize("compute", ["auto", "float32", "bfloat16"])
+@pytest.mark.parametrize("compute", COMPUTE)
 @pytest.mark.parametrize("shape", [(256,), (3, 256), (2, 4, 256), (0, 256), (2, 0, 256), (40, 256)], ids=str)
 def test_the_op_takes_any_leading_shape(path, compute, shape, use):
     use(path)
@@ -145,6 +148,8 @@ def test_the_op_takes_any_leading_shape(path, compute, shape, use):
     x = torch.randn(shape)
     actual = ops.int4_linear(x, *stored, bias, 64, compute)
     assert actual.shape == (*shape[:-1], 24) and actual.dtype == x.dtype
+    if compute == "int8":
+        x = numerics.round_activations(x, 64)
     rounded = compute == "bfloat16" or (compute == "auto" and path == "avx512_bf16")
     assert_close(actual.view(-1, 24), x.view(-1, 256), stored, bias, 64, "bfloat16" if rounded else "float32")
 
@@ -200,8 +205,29 @@ def test_compute_bfloat16_rounds_x_everywhere_and_a_wrong_word_is_refused(path, 
     rounded = ops.int4_linear(x, *stored, bias, 32, "bfloat16")
     assert torch.equal(rounded, ops.int4_linear(x.bfloat16().float(), *stored, bias, 32, "bfloat16"))
     assert not torch.equal(rounded, ops.int4_linear(x, *stored, bias, 32, "float32"))
-    with pytest.raises(RuntimeError, match="compute='int3': one of auto, float32, bfloat16 needed"):
+    with pytest.raises(RuntimeError, match="compute='int3': one of auto, float32, bfloat16, int8 needed"):
         ops.int4_linear(x, *stored, bias, 32, "int3")
+
+
+@pytest.mark.parametrize("path", ["torch", *COMPILED])
+def test_compute_int8_gives_each_row_and_group_its_own_scale(path, use):
+    use(path)
+    x, stored, _ = operands(3, 96, 24, 32, False, torch.float32, False, 0, 0)
+    x[0, :32] *= 1e6  # an outlier costs its own group, and no other
+    x[1] = 0
+    x[2, 5] = float("nan")
+    actual = ops.int4_linear(x, *stored, None, 32, "int8")
+    assert_close(actual[:1], numerics.round_activations(x[:1], 32), stored, None, 32, "float32")
+    assert torch.equal(actual[1], torch.zeros(24)) and actual[2].isnan().all()
+    alone = ops.int4_linear(x[:, 32:].contiguous(), *_columns(stored, 32), None, 32, "int8")
+    both = ops.int4_linear(x.clone().index_fill_(1, torch.arange(32), 0.0), *stored, None, 32, "int8")
+    assert torch.allclose(alone[:2], both[:2], rtol=1e-5, atol=1e-6)
+
+
+def _columns(stored, first):
+    """The stored weight from column `first` on, in groups of 32."""
+    packed, scale, zero_point = stored
+    return (t.contiguous() for t in (packed[:, first // 8 :], scale[:, first // 32 :], zero_point[:, first // 32 :]))
 
 
 def test_kernels_names_the_path_and_the_reason(use):
