@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -28,7 +28,6 @@ from mono_quant_fx.numerics import QuantizedWeight
 from mono_quant_fx.pass_base import Pipeline
 from mono_quant_fx.passes import DequantFusion, Int4GroupwiseLowering, SkipAnnotation
 from mono_quant_fx.shared_codes import Entry, SharedCodes
-from mono_quant_fx.validation import check_rows
 
 #: The reason of a weight that may be trained: codes have no gradient.
 TRAINED = "it requires gradients; torch.no_grad() or requires_grad_(False) lets it be quantized"
@@ -92,9 +91,8 @@ class CompileBackend:
 
     def __init__(self, config: QuantConfig, inner: Callable[..., Any], model: nn.Module | None = None):
         self.config, self.inner = config, inner
-        self._model = None if model is None else weakref.ref(model)
         self._codes = SharedCodes()
-        self._ledger = Ledger(config)
+        self._ledger = Ledger(config, model)
 
     @property
     def report(self) -> CompileReport:
@@ -103,18 +101,17 @@ class CompileBackend:
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **options: Any) -> Callable[..., Any]:
         """Called by Dynamo: one graph, and the values (weights among them) of its first call."""
-        lifted = lift(gm, example_inputs, None if self._model is None else self._model())
+        lifted = lift(gm, example_inputs, self._ledger.model)
         decided = SkipAnnotation(self.config, whole=False)(lifted.graph_module).graph_module
         entries = self._encode(decided)
-        rows = self._ledger.add(decided, entries)
-        check_rows(rows, self.config)
-        if not entries and any(TRAINED in row.reason for row in rows):
+        number = self._ledger.add(decided, entries)
+        if not entries and any(a.reason == TRAINED for _, a in annotated(decided)):
             warnings.warn(f"compile_backend: a graph runs in float: {TRAINED}", PerformanceWarning, stacklevel=2)
         if not entries:
             return self.inner(gm, list(example_inputs), **options)
         quantized = Pipeline((Int4GroupwiseLowering(), DequantFusion(self.config.compute)))(decided).graph_module
         slots = [
-            _Slot(self._codes, lifted.inputs[a.weight], a, weakref.ref(entries[a.weight]))
+            _Slot(self, number, lifted.inputs[a.weight], a)
             for _, a in annotated(quantized)
             if a.lowered and a.weight in lifted.inputs
         ]
@@ -122,12 +119,13 @@ class CompileBackend:
         bound = rebind(quantized, lifted, gm, tuple(places))
         compiled = _Compiled(slots, bound.kept, tuple(places[name] for name in bound.constants))
         inputs = compiled.inputs(example_inputs)
-        _fix_shapes(inputs[len(bound.kept) :])
+        fixed = _fixed(inputs[len(bound.kept) :])
         compiled.inner = self.inner(bound.graph_module, inputs, **options)
+        del fixed  # the compilation finds them for as long as they live
         return compiled
 
     def _encode(self, gm: fx.GraphModule) -> dict[str, Entry]:
-        """Puts codes on the annotations that have a scheme, and takes the scheme from weights that must stay float."""
+        """Puts codes on what has a scheme, and takes the scheme from weights that must stay float."""
         entries = {}
         for node, annotation in list(pending(gm)):
             tensor = graph.get_tensor(gm, node)
@@ -140,6 +138,12 @@ class CompileBackend:
             set_annotation(node, replace(annotation, stored=entry.stored))
         return entries
 
+    def encode(self, tensor: Tensor, annotation: QuantAnnotation, number: int) -> Entry:
+        """The codes of a weight that graph `number` was called with; for the report too, if it is a new one."""
+        entry = self._codes.of(tensor, annotation)
+        self._ledger.sight(number, tensor, annotation, entry)
+        return entry
+
 
 def _why_float(tensor: Tensor) -> str | None:
     if tensor.requires_grad and torch.is_grad_enabled():
@@ -149,29 +153,30 @@ def _why_float(tensor: Tensor) -> str | None:
     return "it is on the meta device, without values" if tensor.is_meta else None
 
 
-def _fix_shapes(codes: Sequence[Tensor]) -> None:
-    """Tells the compilation in progress that the sizes of codes never change, whatever `dynamic` says of inputs."""
+def _fixed(codes: Sequence[Tensor]) -> list[Tensor]:
+    """What the compilation in progress is to take for the codes: their sizes never change, as those of inputs may."""
     mode = torch._guards.detect_fake_mode()
-    for tensor in codes:
-        if mode is not None:
-            mode.from_tensor(tensor, static_shapes=True)
+    return [] if mode is None else [mode.from_tensor(tensor, static_shapes=True) for tensor in codes]
 
 
 @dataclass
 class _Slot:
-    """A weight among a graph's inputs, and where its codes are."""
+    """A weight among a graph's inputs. Dynamo may call one graph with the weights of several like modules in turn."""
 
-    codes: SharedCodes
+    backend: CompileBackend
+    number: int
     position: int
     annotation: QuantAnnotation
-    entry: weakref.ref[Entry]  # the codes die with the weight, not with the compiled graph
+    #: By id of the weight; weak, so that codes die with the weight, and not with the compiled graph.
+    entries: dict[int, weakref.ref[Entry]] = field(default_factory=dict)
 
     def read(self, weight: Tensor) -> QuantizedWeight:
         """The codes of the weight as it is now."""
-        entry = self.entry()
+        kept = self.entries.get(id(weight))
+        entry = None if kept is None else kept()
         if entry is None or not entry.is_of(weight):
-            entry = self.codes.of(weight, self.annotation)
-            self.entry = weakref.ref(entry)
+            entry = self.backend.encode(weight, self.annotation, self.number)
+            self.entries[id(weight)] = weakref.ref(entry)
         return entry.stored
 
 

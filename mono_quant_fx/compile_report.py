@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import warnings
+import weakref
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from tabulate import tabulate
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from mono_quant_fx import graph
 from mono_quant_fx.accuracy import WeightFigures, judged, rows_of
 from mono_quant_fx.annotation import QuantAnnotation, annotated
 from mono_quant_fx.config import QuantConfig
-from mono_quant_fx.rules import Known, unmatched_patterns
+from mono_quant_fx.rules import Known, matching_patterns, unmatched_patterns
 from mono_quant_fx.shared_codes import Entry
 from mono_quant_fx.table import AccuracyRow, db, kib
+from mono_quant_fx.validation import AccuracyWarning, check_rows
 from mono_quant_fx.weight_ops import find_weights, hidden_weights
 
 #: Column -> alignment.
@@ -104,33 +107,75 @@ class CompileReport:
 class Ledger:
     """Collects the rows of a report, and knows each weight by its identity."""
 
-    def __init__(self, config: QuantConfig):
+    def __init__(self, config: QuantConfig, model: nn.Module | None = None):
         self._config = config
-        self._graphs: list[CompiledGraph] = []
+        self._model = None if model is None else weakref.ref(model)
+        self._graphs: list[list[AccuracyRow]] = []
         self._known = Known()
         self._labels: Any = WeakTensorKeyDictionary()
         self._taken: Counter[str] = Counter()
         self._first: dict[str, int] = {}
 
+    @property
+    def model(self) -> nn.Module | None:
+        """The model whose names the weights get, while it lives."""
+        return None if self._model is None else self._model()
+
     def report(self) -> CompileReport:
         """What was added so far."""
-        unmatched = unmatched_patterns(self._config, self._known) if self._graphs else ()
-        return CompileReport(tuple(self._graphs), tuple(f"so far, {line}" for line in unmatched))
+        notes = []
+        if self._graphs:
+            notes = [f"so far, {line}" for line in unmatched_patterns(self._config, self._known)]
+        unseen = [n for n, t in self._model_tensors() if t.dim() > 1 and t not in self._labels]
+        if unseen:
+            more = f" and {len(unseen) - 8} more" if len(unseen) > 8 else ""
+            notes.append(
+                f"not seen so far: {', '.join(unseen[:8])}{more} (in code that Dynamo leaves to Python, or float in a "
+                "graph that was compiled for another module)"
+            )
+        graphs = tuple(CompiledGraph(i, tuple(rows)) for i, rows in enumerate(self._graphs))
+        return CompileReport(graphs, tuple(notes))
 
-    def add(self, gm: fx.GraphModule, entries: Mapping[str, Entry]) -> tuple[AccuracyRow, ...]:
-        """Notes a graph whose weights are annotated; `entries` has the codes by the weight's name in it."""
+    def add(self, gm: fx.GraphModule, entries: Mapping[str, Entry]) -> int:
+        """Notes a graph whose weights are annotated, and gives it a number.
+
+        Args:
+            entries: the codes, by the weight's name in the graph.
+
+        Raises:
+            AccuracyError: as check_rows.
+        """
         number = len(self._graphs)
+        self._graphs.append([])
         self._known |= Known.of(find_weights(gm), hidden_weights(gm))
-        rows = []
         for node, annotation in annotated(gm):
             tensor = graph.get_tensor(gm, node)
             if tensor is not None:
-                rows += self._rows(tensor, annotation, entries.get(annotation.weight), number)
-        self._graphs.append(CompiledGraph(number, tuple(rows)))
-        return tuple(rows)
+                entry = entries.get(annotation.weight)
+                self._graphs[number] += self._rows(tensor, annotation, entry, number, annotation.weight)
+        check_rows(self._graphs[number], self._config)
+        return number
 
-    def _rows(self, tensor: Tensor, annotation: QuantAnnotation, entry: Entry | None, number: int) -> list[AccuracyRow]:
-        label, reason = self._label(tensor, annotation.weight), annotation.reason
+    def sight(self, number: int, tensor: Tensor, annotation: QuantAnnotation, entry: Entry) -> None:
+        """Notes that graph `number`, compiled for the weight of `annotation`, was called with another one."""
+        name = next((n for n, t in self._model_tensors() if t is tensor), annotation.weight)
+        if any(row.weight == self._label(tensor, name) for row in self._graphs[number]):
+            return
+        reason = f"Dynamo runs the graph of {annotation.weight} here"
+        ignored = matching_patterns(self._config, name) ^ matching_patterns(self._config, annotation.weight)
+        if ignored:
+            reason += f", and so does not follow {', '.join(map(repr, sorted(ignored)))}"
+            warnings.warn(f"compile_backend: {name}: {reason}", AccuracyWarning, stacklevel=2)
+        annotation = replace(annotation, reason="; ".join(filter(None, (annotation.reason, reason))))
+        self._graphs[number] += self._rows(tensor, annotation, entry, number, name)
+
+    def _model_tensors(self) -> list[tuple[str, Tensor]]:
+        return [] if self.model is None else list(self.model.named_parameters())
+
+    def _rows(
+        self, tensor: Tensor, annotation: QuantAnnotation, entry: Entry | None, number: int, name: str
+    ) -> list[AccuracyRow]:
+        label, reason = self._label(tensor, name), annotation.reason
         figures = WeightFigures(annotation.dtype, tensor.nbytes, tensor.nbytes, None)
         if entry is not None:
             size = sum(t.nbytes for t in entry.stored if t is not None)

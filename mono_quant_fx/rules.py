@@ -95,6 +95,15 @@ def check_patterns(config: QuantConfig, known: Known) -> None:
         raise PatternError(complaint)
 
 
+def matching_patterns(config: QuantConfig, weight: str) -> set[str]:
+    """The patterns for names, the default ones among them, that a weight's name (or its module's) is an answer to."""
+    names = (weight, weight.rpartition(".")[0])
+    defaults = DEFAULT_INT4_SKIP["modules_to_not_convert"] if config.default_skips else ()
+    found = {p for p in (*config.modules_to_not_convert, *defaults) if any(matches(p, n) for n in names)}
+    found |= {p for p, _ in config.overrides if any(matches(p, n) for n in names)}
+    return found | {p for p in config.skip_layer_names if any(_exact(p, n) for n in names)}
+
+
 def unmatched_patterns(config: QuantConfig, known: Known) -> Iterator[str]:
     """A line for each pattern of the user's that matches none of the names or types, with the nearest ones."""
     names, types = sorted(known.names), sorted(known.types)

@@ -18,10 +18,12 @@ def register(
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., None] | None = None,
     cpu: Callable[..., Any] | None = None,
+    autocast: tuple[int, ...] = (),
 ) -> torch._ops.OpOverload:
     """Defines `schema` ("name(Tensor x, ...) -> Tensor") with its reference for all devices; returns the overload.
 
-    `cpu` is the implementation for that device, where it is another.
+    `cpu` is the implementation for that device, where it is another. The arguments at `autocast` are cast
+    where autocast is on, as it does with those of the float op.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
@@ -31,7 +33,27 @@ def register(
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
     if backward is not None:
         torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
-    return getattr(getattr(torch.ops, NAMESPACE), name).default
+    op = getattr(getattr(torch.ops, NAMESPACE), name).default
+    for device in ("CPU", "CUDA") if autocast else ():
+        _LIBRARY.impl(name, _casting(op, autocast, device.lower()), f"Autocast{device}")
+    return op
+
+
+def _casting(op: torch._ops.OpOverload, at: tuple[int, ...], device: str) -> Callable[..., Any]:
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
+
+    def call(*arguments: Any) -> Any:
+        dtype = torch.get_autocast_dtype(device)
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            return op(*(_cast(a, dtype) if i in at else a for i, a in enumerate(arguments)))
+
+    return call
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """Autocast leaves float64 alone."""
+    is_cast = isinstance(value, torch.Tensor) and value.is_floating_point() and value.dtype != torch.float64
+    return value.to(dtype) if is_cast else value
 
 
 def is_ours(target: object) -> bool:
