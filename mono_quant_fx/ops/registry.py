@@ -22,8 +22,8 @@ def register(
 ) -> torch._ops.OpOverload:
     """Defines `schema` ("name(Tensor x, ...) -> Tensor") with its reference for all devices; returns the overload.
 
-    `cpu` is the implementation for that device, where it is another. The arguments at `autocast` are cast
-    where autocast is on, as it does with those of the float op.
+    `cpu` is the implementation for that device, where it is another. Where autocast is on, it casts the arguments at
+    `autocast`, as it does with those of the float op, and stays out of what happens inside.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
@@ -34,7 +34,7 @@ def register(
     if backward is not None:
         torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
-    for device in ("CPU", "CUDA") if autocast else ():
+    for device in ("CPU", "CUDA"):
         _LIBRARY.impl(name, _casting(op, autocast, device.lower()), f"Autocast{device}")
     return op
 
