@@ -150,7 +150,9 @@ class Ledger:
         self._known |= Known.of(find_weights(gm), hidden_weights(gm))
         for node, annotation in annotated(gm):
             tensor = graph.get_tensor(gm, node)
-            if tensor is not None:
+            if tensor is None:  # a module that hides its weights
+                self._graphs[number] += rows_of(annotation, WeightFigures.read(gm, gm, node, annotation))
+            else:
                 entry = entries.get(annotation.weight)
                 self._graphs[number] += self._rows(tensor, annotation, entry, number, annotation.weight)
         check_rows(self._graphs[number], self._config)

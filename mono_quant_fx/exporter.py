@@ -36,7 +36,7 @@ def export(model: nn.Module, batch: Batch, dynamic_shapes: Any = None) -> tuple[
 def follow_inputs(gm: fx.GraphModule) -> None:
     """Makes every device that an export froze that of the first input, so that gm.to(device) moves all there is.
 
-    A model that lies on several devices keeps them.
+    A model that lies on several devices keeps them, and so does a no_grad or autocast block that takes no tensor.
     """
     homes = {n.meta["val"].device for n in _tensor_inputs(gm)} | {t.device for _, t in named_tensors(gm)}
     if len(homes) == 1:
