@@ -5,6 +5,7 @@ raises, and every value of a graph is checked to be where its inputs are.
 """
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -138,14 +139,19 @@ def test_a_reference_that_mixes_devices_is_noticed(device, monkeypatch):
         run(gm, [x], device)
 
 
+@functools.cache
+def exported(name):
+    """A quantized graph of torch.export, and its inputs in order."""
+    model, inputs = hf_models.build(name), hf_models.inputs(name, 2, 9)
+    gm = mq.quantize(model, inputs, group_size=16, skip_param_threshold=64, accuracy_warning="ignore").graph_module
+    return gm, [inputs[n.target] for n in gm.graph.nodes if n.op == "placeholder"]
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", ["bert", "llama"])
 def test_an_exported_graph_moves_with_its_inputs(name, device):
     """Masks and positions that the model makes are made where the inputs are, not where the model was captured."""
-    model, inputs = hf_models.build(name), hf_models.inputs(name, 2, 9)
-    gm = mq.quantize(model, inputs, group_size=16, skip_param_threshold=64, accuracy_warning="ignore").graph_module
-    values = [inputs[n.target] for n in gm.graph.nodes if n.op == "placeholder"]
-    seen, _ = run(gm, values, device)
+    seen, _ = run(*exported(name), device)
     assert seen == {ops.int4_linear}
 
 
