@@ -3,6 +3,8 @@
 from mono_quant_fx import passes
 from mono_quant_fx.accuracy import measure_accuracy
 from mono_quant_fx.capture import capture
+from mono_quant_fx.compile_backend import CompileBackend, compile_backend
+from mono_quant_fx.compile_report import CompiledGraph, CompileReport
 from mono_quant_fx.compiler import default_pipeline, quantize
 from mono_quant_fx.config import DEFAULT_INT4_SKIP, QuantConfig, QuantScheme
 from mono_quant_fx.dequantize_model import dequantize_model
@@ -54,6 +56,9 @@ __all__ = [
     "AccuracyWarning",
     "CalibrationError",
     "CaptureError",
+    "CompileBackend",
+    "CompileReport",
+    "CompiledGraph",
     "ConfigError",
     "ExperimentalWarning",
     "HistogramObserver",
@@ -83,6 +88,7 @@ __all__ = [
     "WeightError",
     "capture",
     "check_accuracy_warnings",
+    "compile_backend",
     "create_observer",
     "default_pipeline",
     "dequantize_model",

@@ -110,26 +110,33 @@ def _add(total: ErrorSum, expected: Any, actual: Any) -> None:
 
 
 def _weight_rows(reference: fx.GraphModule, quantized: fx.GraphModule) -> list[AccuracyRow]:
+    return [
+        row
+        for node, annotation in annotated(quantized)
+        for row in rows_of(annotation, WeightFigures.read(reference, quantized, node, annotation))
+    ]
+
+
+def rows_of(annotation: QuantAnnotation, weight: WeightFigures) -> list[AccuracyRow]:
+    """One row a user of the weight, with what is known before anything runs."""
     rows = []
-    for node, annotation in annotated(quantized):
-        weight = _Weight.read(reference, quantized, node, annotation)
-        for i, user in enumerate(annotation.users):
-            reason = annotation.reason
-            if i:
-                shared = f"shares the weight of {annotation.users[0].node}"
-                reason = f"{shared}; {reason}" if reason else shared
-            seen = next((o for o in annotation.observed if o.source == user.input), None)
-            if seen is not None and seen.reason:
-                reason = "; ".join(filter(None, (reason, f"observer {seen.observer}: {seen.reason}")))
-            row = AccuracyRow(
-                user.node, user.op, user.module, annotation.weight, weight.scheme, reason, annotation.shape,
-                0 if i else weight.before, 0 if i else weight.after, weight.sqnr_db,
-                activations=annotation.activations if seen is not None and seen.scale is not None else "",
-                observer=seen.observer if seen else "", input_range=_range(seen), algorithm=annotation.algorithm,
-                gain_db=annotation.gain_db, int8_gain_db=annotation.int8_gain_db,
-                bias_gain_db=annotation.bias_gain_db,
-            )  # fmt: skip
-            rows.append(row)
+    for i, user in enumerate(annotation.users):
+        reason = annotation.reason
+        if i:
+            shared = f"shares the weight of {annotation.users[0].node}"
+            reason = f"{shared}; {reason}" if reason else shared
+        seen = next((o for o in annotation.observed if o.source == user.input), None)
+        if seen is not None and seen.reason:
+            reason = "; ".join(filter(None, (reason, f"observer {seen.observer}: {seen.reason}")))
+        row = AccuracyRow(
+            user.node, user.op, user.module, annotation.weight, weight.scheme, reason, annotation.shape,
+            0 if i else weight.before, 0 if i else weight.after, weight.sqnr_db,
+            activations=annotation.activations if seen is not None and seen.scale is not None else "",
+            observer=seen.observer if seen else "", input_range=_range(seen), algorithm=annotation.algorithm,
+            gain_db=annotation.gain_db, int8_gain_db=annotation.int8_gain_db,
+            bias_gain_db=annotation.bias_gain_db,
+        )  # fmt: skip
+        rows.append(row)
     return rows
 
 
@@ -140,7 +147,9 @@ def _range(seen: ObservedInput | None) -> tuple[float, float] | None:
 
 
 @dataclass(frozen=True)
-class _Weight:
+class WeightFigures:
+    """A weight's scheme in words, its bytes before and after, and the SQNR of what is stored (None: as it was)."""
+
     scheme: str
     before: int
     after: int
@@ -149,7 +158,8 @@ class _Weight:
     @classmethod
     def read(
         cls, reference: fx.GraphModule, quantized: fx.GraphModule, node: fx.Node, annotation: QuantAnnotation
-    ) -> _Weight:
+    ) -> WeightFigures:
+        """Those of an annotated node; its float weight is in `reference`."""
         if not annotation.lowered:
             value = graph.get_attribute(quantized, str(node.target))
             tensors = [value] if isinstance(value, Tensor) else list(value.parameters())
@@ -165,10 +175,11 @@ class _Weight:
             ) from e
         stored = stored_weight(quantized, annotation)
         size = sum(t.nbytes for t in stored if t is not None)
-        return cls(str(annotation.scheme), weight.nbytes, size, _weight_sqnr(weight, stored, annotation))
+        return cls(str(annotation.scheme), weight.nbytes, size, weight_sqnr_db(weight, stored, annotation))
 
 
-def _weight_sqnr(weight: Tensor, stored: numerics.QuantizedWeight, annotation: QuantAnnotation) -> float | None:
+def weight_sqnr_db(weight: Tensor, stored: numerics.QuantizedWeight, annotation: QuantAnnotation) -> float | None:
+    """SQNR of a stored weight against the float one, a tile of rows at a time."""
     assert annotation.scheme is not None
     matrix = to_matrix(weight.detach(), annotation.layout, annotation.groups)
     step = max(1, numerics.TILE // matrix.shape[1])
@@ -202,6 +213,11 @@ def _fill(row: AccuracyRow, errors: dict[str, _NodeErrors], warning_db: float, e
             max_abs_error=entry.accumulated.max_abs,
             local_sqnr_db=entry.local.sqnr_db,
         )
+    return judged(row, warning_db, error_db)
+
+
+def judged(row: AccuracyRow, warning_db: float, error_db: float) -> AccuracyRow:
+    """The row with the status that its figure deserves; as it is where nothing was measured."""
     db = row.judged_db
     if db is None:
         return row

@@ -22,7 +22,7 @@ from mono_quant_fx import graph
 from mono_quant_fx.capture_errors import explain_failure, explain_own_failure
 from mono_quant_fx.data import Batch, leaves, to_batch
 from mono_quant_fx.errors import CaptureError, ConfigError
-from mono_quant_fx.exporter import check_exported_mode, export
+from mono_quant_fx.exporter import check_exported_mode, export, follow_inputs
 from mono_quant_fx.tracer import open_modules, trace
 from mono_quant_fx.weight_ops import find_weights, hidden_weights
 
@@ -63,13 +63,17 @@ def capture(
     """
     if method not in METHODS:
         raise ConfigError(f"method={method!r}: one of {', '.join(map(repr, METHODS))} is needed")
+    is_program = isinstance(model, torch.export.ExportedProgram)
     if isinstance(model, torch.export.ExportedProgram):
         model = model.module()
     if not isinstance(model, nn.Module):
         raise CaptureError(f"a torch.nn.Module is needed, not {type(model).__name__}; wrap a function in a Module")
     _check_eval(model)
     if isinstance(model, fx.GraphModule):
-        return open_modules(model)
+        gm = open_modules(model)
+        if is_program:
+            follow_inputs(gm)
+        return gm
     example = None if example_inputs is None else to_batch(example_inputs)
     if example is not None:
         example.check_fits(model)

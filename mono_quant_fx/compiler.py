@@ -38,12 +38,9 @@ def default_pipeline(
 ) -> Pipeline:
     """The passes that quantize runs; without batches nothing is observed and rounding needs the weights only."""
     config = config or QuantConfig()
-    if batches is None and config.algorithm not in ("auto", "rtn"):
-        raise ConfigError(f"algorithm={config.algorithm!r} needs calibration_data; without data there is 'rtn'")
-    if batches is None and config.activations is not None:
-        raise ConfigError(f"activations={config.activations!r} needs calibration_data, which sets their ranges")
-    if batches is None and config.bias_correction:
-        raise ConfigError("bias_correction=True needs calibration_data, on which the mean error is measured")
+    missing = needs_data(config) if batches is None else None
+    if missing is not None:
+        raise ConfigError(missing)
     measure: tuple[Pass, ...] = ()
     if batches is not None:
         calibration = CalibrationExecution(
@@ -61,6 +58,17 @@ def default_pipeline(
     return Pipeline(
         (SkipAnnotation(config), *measure, Int4GroupwiseLowering(), DequantFusion(config.compute)), callback
     )
+
+
+def needs_data(config: QuantConfig) -> str | None:
+    """The setting that cannot be followed without calibration data, in words; None when none is set."""
+    if config.algorithm not in ("auto", "rtn"):
+        return f"algorithm={config.algorithm!r} needs calibration_data; without data there is 'rtn'"
+    if config.activations is not None:
+        return f"activations={config.activations!r} needs calibration_data, which sets their ranges"
+    if config.bias_correction:
+        return "bias_correction=True needs calibration_data, on which the mean error is measured"
+    return None
 
 
 def quantize(

@@ -17,6 +17,7 @@ from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from mono_quant_fx.data import Batch
 from mono_quant_fx.errors import CaptureError
+from mono_quant_fx.graph import named_tensors
 from mono_quant_fx.tracer import normalize, twin
 
 
@@ -27,7 +28,40 @@ def export(model: nn.Module, batch: Batch, dynamic_shapes: Any = None) -> tuple[
     shapes = batch.dynamic_shapes(model) if dynamic_shapes is None else dynamic_shapes
     with _quiet():
         program = torch.export.export(model, batch.args, batch.kwargs, dynamic_shapes=shapes, strict=False)
-        return normalize(program.module()), _fixed_sizes(program) if dynamic_shapes is None else []
+        gm = normalize(program.module())
+        follow_inputs(gm)
+        return gm, _fixed_sizes(program) if dynamic_shapes is None else []
+
+
+def follow_inputs(gm: fx.GraphModule) -> None:
+    """Makes every device that an export froze that of the first input, so that gm.to(device) moves all there is.
+
+    A model that lies on several devices keeps them, and so does a no_grad or autocast block that takes no tensor.
+    """
+    homes = {n.meta["val"].device for n in _tensor_inputs(gm)} | {t.device for _, t in named_tensors(gm)}
+    if len(homes) == 1:
+        for part in gm.modules():  # the bodies of autocast and no_grad blocks are graphs of their own
+            if isinstance(part, fx.GraphModule):
+                _unfreeze(part, *homes)
+
+
+def _unfreeze(gm: fx.GraphModule, home: torch.device) -> None:
+    inputs = _tensor_inputs(gm)
+    frozen = [n for n in gm.graph.nodes if any(isinstance(a, torch.device) for a in (*n.args, *n.kwargs.values()))]
+    if not inputs or not frozen:
+        return
+    with gm.graph.inserting_after([n for n in gm.graph.nodes if n.op == "placeholder"][-1]):
+        here = gm.graph.call_function(getattr, (inputs[0], "device"), name="device")
+    for node in frozen:
+        node.args, node.kwargs = (
+            fx.node.map_aggregate(given, lambda a: here if isinstance(a, torch.device) and a == home else a)
+            for given in (node.args, node.kwargs)
+        )
+    gm.recompile()
+
+
+def _tensor_inputs(gm: fx.GraphModule) -> list[fx.Node]:
+    return [n for n in gm.graph.nodes if n.op == "placeholder" and isinstance(n.meta.get("val"), Tensor)]
 
 
 def _spell_out_kwargs(model: nn.Module, batch: Batch) -> None:

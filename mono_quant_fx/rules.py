@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+
+from torch import fx, nn
 
 from mono_quant_fx.config import DEFAULT_INT4_SKIP, INT8, QuantConfig, QuantScheme
 from mono_quant_fx.errors import ConfigError, PatternError
@@ -67,20 +69,55 @@ def decide_leaf(path: str, kind: str, vectors_only: bool, config: QuantConfig) -
     return Decision(None, f"not reachable: {kind} hides its weights from the graph", True)
 
 
-def check_patterns(config: QuantConfig, names: Iterable[str], types: Iterable[str]) -> None:
-    """Raises PatternError for a pattern of the user's that matches none of the model's names or types."""
-    names, types = sorted(set(names)), sorted(set(types))
+@dataclass(frozen=True)
+class Known:
+    """What a pattern may name: the modules and weights of a graph, and the types of its layers."""
+
+    names: frozenset[str] = frozenset()
+    types: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(cls, weights: Iterable[Weight], hidden: Iterable[tuple[fx.Node, nn.Module]]) -> Known:
+        """Those of a graph's weights, and of the modules that hide theirs."""
+        uses = [(weight, use) for weight in weights for use in weight.uses]
+        leaves = [(str(node.target), type(module).__name__) for node, module in hidden]
+        names = [name for weight, use in uses for name in weight.names_of(use)]
+        types = [kind for weight, use in uses for kind in weight.types_of(use)]
+        return cls(frozenset(names + [n for n, _ in leaves]), frozenset(types + [t for _, t in leaves]))
+
+    def __or__(self, other: Known) -> Known:
+        return Known(self.names | other.names, self.types | other.types)
+
+
+def check_patterns(config: QuantConfig, known: Known) -> None:
+    """Raises PatternError for a pattern of the user's that matches none of the names or types."""
+    for complaint in unmatched_patterns(config, known):
+        raise PatternError(complaint)
+
+
+def matching_patterns(config: QuantConfig, weight: str) -> set[str]:
+    """The patterns for names, the default ones among them, that a weight's name (or its module's) is an answer to."""
+    names = (weight, weight.rpartition(".")[0])
+    defaults = DEFAULT_INT4_SKIP["modules_to_not_convert"] if config.default_skips else ()
+    found = {p for p in (*config.modules_to_not_convert, *defaults) if any(matches(p, n) for n in names)}
+    found |= {p for p, _ in config.overrides if any(matches(p, n) for n in names)}
+    return found | {p for p in config.skip_layer_names if any(_exact(p, n) for n in names)}
+
+
+def unmatched_patterns(config: QuantConfig, known: Known) -> Iterator[str]:
+    """A line for each pattern of the user's that matches none of the names or types, with the nearest ones."""
+    names, types = sorted(known.names), sorted(known.types)
     found = {
         "modules_to_not_convert": (config.modules_to_not_convert, names, matches),
         "overrides": (tuple(p for p, _ in config.overrides), names, matches),
         "skip_layer_names": (config.skip_layer_names, names, _exact),
         "skip_layer_types": (config.skip_layer_types, types, _exact),
     }
-    for field, (patterns, known, match) in found.items():
+    for field, (patterns, there, match) in found.items():
         for pattern in patterns:
-            if not any(match(pattern, name) for name in known):
-                near = difflib.get_close_matches(pattern.removeprefix("re:"), known, n=5, cutoff=0.3) or known[:5]
-                raise PatternError(f"{field}: {pattern!r} matches nothing in the model; nearest: {', '.join(near)}")
+            if not any(match(pattern, name) for name in there):
+                near = difflib.get_close_matches(pattern.removeprefix("re:"), there, n=5, cutoff=0.3) or there[:5]
+                yield f"{field}: {pattern!r} matches nothing in the model; nearest: {', '.join(near)}"
 
 
 def _exact(pattern: str, name: str) -> bool:

@@ -128,8 +128,8 @@ class AccuracyTable:
 
     def _render(self, style: str) -> str:
         cells = [_cells(row) for row in self.rows]
-        total = {"node": "total", "module": "model output", "acc dB": _db(self.output_sqnr_db)}
-        cells.append(total | {"KiB": _kib(self.bytes_before), "KiB after": _kib(self.bytes_after)})
+        total = {"node": "total", "module": "model output", "acc dB": db(self.output_sqnr_db)}
+        cells.append(total | {"KiB": kib(self.bytes_before), "KiB after": kib(self.bytes_after)})
         return _tabulate(cells, style)
 
 
@@ -166,28 +166,30 @@ def _cells(row: AccuracyRow) -> dict[str, str]:
         "scheme": row.scheme,
         "reason": row.reason,
         "weight": "x".join(map(str, row.shape)),
-        "KiB": _kib(row.bytes_before),
-        "KiB after": _kib(row.bytes_after),
-        "weight dB": _db(row.weight_sqnr_db),
-        "local dB": _db(row.local_sqnr_db),
-        "acc dB": _db(row.accumulated_sqnr_db),
+        "KiB": kib(row.bytes_before),
+        "KiB after": kib(row.bytes_after),
+        "weight dB": db(row.weight_sqnr_db),
+        "local dB": db(row.local_sqnr_db),
+        "acc dB": db(row.accumulated_sqnr_db),
         "max err": "" if row.max_abs_error is None else f"{row.max_abs_error:.2g}",
         "status": row.status,
         "input": row.activations,
         "input range": f"{low:.3g} .. {high:.3g}" if row.input_range else "",
         "observer": row.observer,
         "algorithm": row.algorithm if row.observer else "",
-        "gain dB": _db(row.gain_db),
-        "int8 dB": _db(row.int8_gain_db),
-        "bias dB": _db(row.bias_gain_db),
+        "gain dB": db(row.gain_db),
+        "int8 dB": db(row.int8_gain_db),
+        "bias dB": db(row.bias_gain_db),
     }
 
 
-def _kib(count: int) -> str:
+def kib(count: int) -> str:
+    """Bytes as KiB; nothing for none."""
     return f"{count / 1024:.1f}" if count else ""
 
 
-def _db(value: float | None) -> str:
+def db(value: float | None) -> str:
+    """A figure in dB; nothing where none was measured."""
     return "" if value is None else f"{value:.1f}"
 
 

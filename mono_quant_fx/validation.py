@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,8 +50,9 @@ def check_accuracy_warnings(
         sqnr_warning_threshold=sqnr_warning_threshold,
         sqnr_error_threshold=sqnr_error_threshold,
     )
-    critical = _below(result, -math.inf, sqnr_error_threshold, "CRITICAL: far too noisy")
-    others = _below(result, sqnr_error_threshold, sqnr_warning_threshold, "Low SQNR")
+    critical, others = _findings(
+        result.accuracy.rows, result.info.sqnr_db, sqnr_warning_threshold, sqnr_error_threshold
+    )
     if not result.info.skipped_layers:
         others.append("All layers were quantized: embeddings, norms and the output layer are usually worth keeping")
     if 0 < result.info.calibration_samples_used < LEAST_CALIBRATION_SAMPLES:
@@ -59,25 +60,46 @@ def check_accuracy_warnings(
             f"Few calibration samples: {result.info.calibration_samples_used} < {LEAST_CALIBRATION_SAMPLES}; the "
             "measured figures may not hold on other data"
         )
-    if accuracy_warning != "ignore":
-        for message in others if accuracy_warning == "error" else critical + others:
-            warnings.warn(message, AccuracyWarning, stacklevel=3)
-    if accuracy_warning == "error" and critical:
-        raise AccuracyError("; ".join(critical), result)
+    _tell(critical, others, accuracy_warning, result)
     return critical + others
 
 
-def _below(result: QuantizationResult, low: float, high: float, label: str) -> list[str]:
+def check_rows(rows: Sequence[AccuracyRow], config: QuantConfig) -> None:
+    """Warns or raises, as `config.accuracy_warning` asks, of rows below the thresholds of `config`.
+
+    Raises:
+        AccuracyError: accuracy_warning is "error" and a row is critical.
+    """
+    found = _findings(rows, None, config.sqnr_warning_threshold, config.sqnr_error_threshold)
+    _tell(*found, config.accuracy_warning)
+
+
+def _tell(critical: list[str], others: list[str], accuracy_warning: str, result: object = None) -> None:
+    if accuracy_warning != "ignore":
+        for message in others if accuracy_warning == "error" else critical + others:
+            warnings.warn(message, AccuracyWarning, stacklevel=4)
+    if accuracy_warning == "error" and critical:
+        raise AccuracyError("; ".join(critical), result)
+
+
+def _findings(
+    rows: Sequence[AccuracyRow], output_db: float | None, warning_db: float, error_db: float
+) -> tuple[list[str], list[str]]:
+    critical = _below(rows, output_db, -math.inf, error_db, "CRITICAL: far too noisy")
+    return critical, _below(rows, output_db, error_db, warning_db, "Low SQNR")
+
+
+def _below(rows: Sequence[AccuracyRow], output_db: float | None, low: float, high: float, label: str) -> list[str]:
     def within(db: float | None) -> bool:
         return db is not None and low <= db < high
 
-    found = sorted((row for row in result.accuracy.rows if within(row.judged_db)), key=lambda row: row.judged_db or 0.0)
+    found = sorted((row for row in rows if within(row.judged_db)), key=lambda row: row.judged_db or 0.0)
     messages = []
     if found:
         worst = ", ".join(_show(row) for row in found[:5])
-        messages.append(f"{label}: {len(found)} of {len(result.accuracy.rows)} nodes below {high:g} dB: {worst}")
-    if within(result.info.sqnr_db):
-        messages.append(f"{label}: the model output has {result.info.sqnr_db:.2f} dB, below {high:g} dB")
+        messages.append(f"{label}: {len(found)} of {len(rows)} nodes below {high:g} dB: {worst}")
+    if within(output_db):
+        messages.append(f"{label}: the model output has {output_db:.2f} dB, below {high:g} dB")
     return messages
 
 

@@ -13,7 +13,7 @@ from mono_quant_fx.annotation import QuantAnnotation, WeightUser, annotated, set
 from mono_quant_fx.config import QuantConfig
 from mono_quant_fx.errors import NothingQuantizedError
 from mono_quant_fx.pass_base import Pass
-from mono_quant_fx.rules import check_patterns, decide, decide_leaf
+from mono_quant_fx.rules import Known, check_patterns, decide, decide_leaf
 from mono_quant_fx.weight_ops import Weight, find_weights, hidden_weights
 
 
@@ -21,35 +21,32 @@ from mono_quant_fx.weight_ops import Weight, find_weights, hidden_weights
 class SkipAnnotation(Pass):
     """Puts a QuantAnnotation on every weight of the graph, by the rules of `config` (see QuantConfig).
 
+    Args:
+        whole: the graph is the whole model. A part of one (whole=False) may lack what a pattern names, and may have
+            nothing to quantize.
+
     Raises:
         PatternError: a pattern matches nothing. NothingQuantizedError: no weight is left to quantize.
         ConfigError: a policy of "error" fired.
     """
 
     config: QuantConfig = field(default_factory=QuantConfig)
+    whole: bool = True
     name: ClassVar[str] = "skip-annotation"
 
     def rewrite(self, gm: fx.GraphModule) -> None:
         """Annotates; weights that are lowered already keep what they have."""
         weights, hidden = find_weights(gm), hidden_weights(gm)
         lowered = [a for _, a in annotated(gm) if a.lowered]
-        if not lowered:
-            _check_patterns(self.config, weights, hidden)
+        if self.whole and not lowered and (weights or hidden):
+            check_patterns(self.config, Known.of(weights, hidden))
         for weight in weights:
             set_annotation(weight.node, _annotate(weight, self.config))
         for node, module in hidden:
             set_annotation(node, _annotate_leaf(node, module, self.config))
         found = [a for _, a in annotated(gm)]
-        if not any(a.scheme for a in found):
+        if self.whole and not any(a.scheme for a in found):
             raise NothingQuantizedError(_nothing(self.name, found))
-
-
-def _check_patterns(config: QuantConfig, weights: list[Weight], hidden: list[tuple[fx.Node, nn.Module]]) -> None:
-    names = [name for w in weights for use in w.uses for name in w.names_of(use)]
-    types = [kind for w in weights for use in w.uses for kind in w.types_of(use)]
-    leaves = [(str(node.target), type(module).__name__) for node, module in hidden]
-    if weights or leaves:
-        check_patterns(config, names + [n for n, _ in leaves], types + [t for _, t in leaves])
 
 
 def _annotate(weight: Weight, config: QuantConfig) -> QuantAnnotation:

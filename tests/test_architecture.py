@@ -41,6 +41,7 @@ LAYERS = [
         "modules",
         "layer_inputs",
         "rewrite",
+        "dynamo_graph",
     },
     {"exporter", "observer_base", "kl_divergence"},
     {"histogram"},
@@ -50,9 +51,11 @@ LAYERS = [
     {"sequential"},
     {"capture", "lockstep", "dequantize_model", "result"},
     {"accuracy"},
-    {"validation"},
+    {"validation", "shared_codes"},
+    {"compile_report"},
     {"passes"},
     {"compiler"},
+    {"compile_backend"},
     {"__init__", "__main__", "demo", "demo_model"},
 ]
 

@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 import mono_quant_fx as mq
 from mono_quant_fx.data import leaves
@@ -224,3 +224,33 @@ def test_sizes_that_the_model_fixes_are_said_once_at_the_users_line():
     with pytest.warns(UserWarning, match=r"capture: the model fixes x\.shape\[1\] = 5, .*other sizes") as said:
         mq.capture(Flat().eval(), r(2, 5))
     assert [w.filename for w in said if "capture:" in str(w.message)] == [__file__]
+
+
+class Positions(nn.Module):
+    """Makes a tensor of its own, on the CPU as far as an export knows, inside and outside of a no_grad block."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x):
+        with torch.no_grad():
+            steps = torch.arange(x.shape[1], device=x.device) * x.sum((0, 2))
+        return self.fc(x) * steps[:, None] + torch.zeros(8, device=x.device)
+
+
+def frozen_devices(gm):
+    graphs = [m.graph for m in gm.modules() if isinstance(m, fx.GraphModule)]
+    nodes = [n for g in graphs for n in g.nodes]
+    return [n for n in nodes if any(isinstance(a, torch.device) for a in (*n.args, *n.kwargs.values()))]
+
+
+@pytest.mark.parametrize("way", ["module", "program"])
+def test_devices_that_an_export_froze_follow_the_input(way):
+    model, x = Positions().eval(), torch.randn(2, 5, 8)
+    program = torch.export.export(model, (x,))
+    assert frozen_devices(program.module())
+    gm = mq.capture(model, x, method="export") if way == "module" else mq.capture(program)
+    assert not frozen_devices(gm)
+    assert torch.equal(gm(x), model(x))
+    assert gm.to("meta")(x.to("meta")).is_meta

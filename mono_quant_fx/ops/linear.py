@@ -167,6 +167,7 @@ int4_linear = register(
     _int4_backward,
     _int4_setup,
     _int4_cpu,
+    autocast=(0, 4),
 )
 int8_linear = register(
     "int8_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? weight_zero_point, Tensor? bias) -> Tensor",
@@ -175,4 +176,5 @@ int8_linear = register(
     _int8_backward,
     _int8_setup,
     _int8_cpu,
+    autocast=(0, 4),
 )

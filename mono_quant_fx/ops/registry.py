@@ -19,10 +19,12 @@ def register(
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., None] | None = None,
     cpu: Callable[..., Any] | None = None,
+    autocast: tuple[int, ...] = (),
 ) -> torch._ops.OpOverload:
     """Defines `schema` ("name(Tensor x, ...) -> Tensor") with its reference for all devices; returns the overload.
 
-    `cpu` is the implementation for that device, where it is another.
+    `cpu` is the implementation for that device, where it is another. Where autocast is on, it casts the arguments at
+    `autocast`, as it does with those of the float op, and stays out of what happens inside.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
@@ -34,6 +36,8 @@ def register(
     if backward is not None:
         with_gradient = make_autograd_impl(op, Info(backward, setup_context))
         _LIBRARY.impl(name, _without_detour(with_gradient, cpu or reference), "Autograd", with_keyset=True)
+    for device in ("CPU", "CUDA"):
+        _LIBRARY.impl(name, _casting(op, autocast, device.lower()), f"Autocast{device}")
     return op
 
 
@@ -51,6 +55,23 @@ def _without_detour(with_gradient: Callable[..., Any], cpu: Callable[..., Any]) 
         return cpu(*arguments)
 
     return kernel
+
+
+def _casting(op: torch._ops.OpOverload, at: tuple[int, ...], device: str) -> Callable[..., Any]:
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
+
+    def call(*arguments: Any) -> Any:
+        dtype = torch.get_autocast_dtype(device)
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            return op(*(_cast(a, dtype) if i in at else a for i, a in enumerate(arguments)))
+
+    return call
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """Autocast leaves float64 alone."""
+    is_cast = isinstance(value, torch.Tensor) and value.is_floating_point() and value.dtype != torch.float64
+    return value.to(dtype) if is_cast else value
 
 
 def is_ours(target: object) -> bool:
