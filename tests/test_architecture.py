@@ -41,7 +41,9 @@ LAYERS = [
         "modules",
         "layer_inputs",
         "rewrite",
+        "aliasing",
     },
+    {"merging"},
     {"exporter", "observer_base", "kl_divergence"},
     {"histogram"},
     {"select_observer"},
@@ -142,7 +144,7 @@ def test_the_public_names_are_there_and_documented():
         assert value.__doc__ or not callable(value), name
     assert set(mq.passes.__all__) == {
         "SkipAnnotation", "ObserverInsertion", "CalibrationExecution", "ActivationLowering",
-        "BiasCorrection", "Int4GroupwiseLowering", "DequantFusion",
+        "BiasCorrection", "Int4GroupwiseLowering", "DequantFusion", "LinearMerging",
     }  # fmt: skip
 
 
