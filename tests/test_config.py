@@ -37,6 +37,7 @@ WRONG = [
     ("activations", ["int4", "INT8", 8, True, ""], "one of None, 'int8' is needed"),
     ("activation_symmetric", [1, 0, "yes", None], "True or False"),
     ("bias_correction", [1, 0, "yes", None], "True or False"),
+    ("merge_linears", [1, 0, "yes", None], "True or False"),
     ("compute", ["int8", "bf16", None, 32], "one of 'auto', 'float32', 'bfloat16' is needed"),
     ("observer", ["minmx", "energy", None, True], OBSERVER),
     ("skip_param_threshold", [-1, 0.5, "512", None, True], "a whole number >= 0 is needed"),
