@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import mono_quant_fx as mq
-from mono_quant_fx import graph, native, ops
+from mono_quant_fx import graph, lockstep, native, ops
 from mono_quant_fx.annotation import annotated, stored_weight
 from tests import hf_models
 from tests.harness import check_pass
@@ -332,6 +332,20 @@ def test_each_local_output_is_measured_on_float_inputs():
         float_layer, layer = model.get_submodule(name), rounded.get_submodule(name)
         expected = mq.sqnr_db(float_layer(x), F.linear(x, layer.weight, layer.bias))
         assert row.local_sqnr_db == pytest.approx(expected, abs=0.01)
+
+
+def test_the_merged_op_is_measured_on_float_inputs_once(monkeypatch):
+    runs = Counter()
+    execute = lockstep.execute
+
+    def counted(gm, node, *rest):
+        runs[node.name] += 1
+        return execute(gm, node, *rest)
+
+    monkeypatch.setattr(lockstep, "execute", counted)
+    mq.quantize(Attention().eval(), calibration_data=[torch.randn(4, 3, 64)], algorithm="rtn", **FIELDS)
+    # q, k and v: the float op, the piece of the accumulated result, the piece of the local one
+    assert [runs[n] for n in ("linear_merged", "linear_split", "linear", "linear_2")] == [2, 2, 3, 3]
 
 
 def test_checks_copies_moves_and_loads_treat_the_rows_like_any_tensor():
