@@ -1,7 +1,8 @@
 """The decision about one weight, and the only code that reads or writes it on node.meta.
 
 It sits on the get_attr node of the weight (one node a tensor, tied weights included) and moves to the get_attr node of
-the packed weight when the weight is lowered; for a module that stayed a leaf it sits on the call_module node.
+the packed weight when the weight is lowered; for a module that stayed a leaf it sits on the call_module node, and where
+linear-merging has put the weight's rows into a larger one, on the node that holds what its op gave.
 """
 
 from __future__ import annotations
@@ -48,6 +49,19 @@ class ObservedInput:
 
 
 @dataclass(frozen=True)
+class MergedRows:
+    """Where the rows of a lowered weight lie: rows start <= i < stop of what is stored under the name `weight`.
+
+    `bias` is the name that the bias of its op had; None without one.
+    """
+
+    weight: str
+    start: int
+    stop: int
+    bias: str | None = None
+
+
+@dataclass(frozen=True)
 class QuantAnnotation:
     """A weight, what becomes of it, and why.
 
@@ -66,6 +80,7 @@ class QuantAnnotation:
             much less INT8 would give; None without data.
         bias_gain_db: by how much bias-correction lowered the error of its ops' outputs, at most; None before it ran.
         lowered: the codes have replaced it.
+        merged: the rows of a larger weight that hold its codes; None while it is stored under its own name.
     """
 
     weight: str
@@ -84,12 +99,14 @@ class QuantAnnotation:
     int8_gain_db: float | None = None
     bias_gain_db: float | None = None
     lowered: bool = False
+    merged: MergedRows | None = None
 
     @property
     def storage_names(self) -> tuple[str, str, str]:
         """Where codes, scale and zero point are stored, by compressed-tensors' names (INT8 codes: the weight's own)."""
-        packed = self.weight if self.scheme is not None and self.scheme.bits == 8 else f"{self.weight}_packed"
-        return packed, f"{self.weight}_scale", f"{self.weight}_zero_point"
+        name = self.merged.weight if self.merged is not None else self.weight
+        packed = name if self.scheme is not None and self.scheme.bits == 8 else f"{name}_packed"
+        return packed, f"{name}_scale", f"{name}_zero_point"
 
 
 def get_annotation(node: fx.Node) -> QuantAnnotation | None:
@@ -127,11 +144,15 @@ def plain_inputs(annotation: QuantAnnotation, nodes: dict[str, fx.Node]) -> Iter
 
 
 def stored_weight(gm: fx.GraphModule, annotation: QuantAnnotation) -> QuantizedWeight:
-    """The stored tensors of a lowered weight."""
+    """The stored tensors of a lowered weight: views of its rows where it is merged."""
     packed, scale, zero_point = annotation.storage_names
     symmetric = annotation.scheme is None or annotation.scheme.symmetric
     zero = None if symmetric else get_attribute(gm, zero_point)
-    return QuantizedWeight(get_attribute(gm, packed), get_attribute(gm, scale), zero)
+    stored = QuantizedWeight(get_attribute(gm, packed), get_attribute(gm, scale), zero)
+    if annotation.merged is None:
+        return stored
+    rows = slice(annotation.merged.start, annotation.merged.stop)
+    return QuantizedWeight(*(None if tensor is None else tensor[rows] for tensor in stored))  # type: ignore[arg-type]
 
 
 def pending(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, QuantAnnotation]]:

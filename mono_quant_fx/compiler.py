@@ -23,6 +23,7 @@ from mono_quant_fx.passes import (
     CalibrationExecution,
     DequantFusion,
     Int4GroupwiseLowering,
+    LinearMerging,
     ObserverInsertion,
     SkipAnnotation,
 )
@@ -55,9 +56,9 @@ def default_pipeline(
             measure += (ActivationLowering(),)
         if config.bias_correction:
             measure += (BiasCorrection(batches, config.num_calibration_samples),)
-    return Pipeline(
-        (SkipAnnotation(config), *measure, Int4GroupwiseLowering(), DequantFusion(config.compute)), callback
-    )
+    merge: tuple[Pass, ...] = (LinearMerging(),) if config.merge_linears else ()
+    fuse = DequantFusion(config.compute)
+    return Pipeline((SkipAnnotation(config), *measure, Int4GroupwiseLowering(), fuse, *merge), callback)
 
 
 def needs_data(config: QuantConfig) -> str | None:

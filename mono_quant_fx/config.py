@@ -119,6 +119,7 @@ class QuantConfig:
         compute: how INT4 linears multiply float32 and float16 inputs. "bfloat16" rounds the inputs first, "float32"
             does not, and "auto" does where the CPU multiplies bfloat16 faster. "int8" rounds inputs of any type to
             INT8, one scale for each row and group, in each call (docs/kernels.md has the costs).
+        merge_linears: linears that read one input run as one op on stacked rows, with rows of their own in the table.
         accuracy_warning: "warn", "error" (raise AccuracyError on a critical finding) or "ignore".
         sqnr_warning_threshold: dB below which a node is reported.
         sqnr_error_threshold: dB below which a node is critical.
@@ -155,6 +156,7 @@ class QuantConfig:
     observer: str = "minmax"
     bias_correction: bool = False
     compute: str = "auto"
+    merge_linears: bool = True
     accuracy_warning: str = "warn"
     sqnr_warning_threshold: float = 20.0
     sqnr_error_threshold: float = 10.0
@@ -168,7 +170,7 @@ class QuantConfig:
         check_group_size(self.group_size)
         channels = self.axis == 0 and type(self.axis) is int
         require(channels, "axis", self.axis, "only axis 0, the output channels, can carry scales")
-        for name in ("default_skips", "activation_order", "activation_symmetric", "bias_correction"):
+        for name in ("default_skips", "activation_order", "activation_symmetric", "bias_correction", "merge_linears"):
             flag(name, getattr(self, name))
         for name in ("small_layer", "indivisible"):
             choice(name, getattr(self, name), FALLBACKS)

@@ -16,6 +16,7 @@ from mono_quant_fx.annotation import (
 )
 from mono_quant_fx.codes import restore
 from mono_quant_fx.errors import PreconditionError
+from mono_quant_fx.merging import unmerge
 from mono_quant_fx.ops.static_int8 import CONVS
 from mono_quant_fx.pass_base import Pass
 from mono_quant_fx.weight_ops import from_matrix
@@ -31,6 +32,7 @@ class _Dequantize(Pass):
         return None if lowered else "the graph holds no quantized weight; give the graph_module of a quantization"
 
     def rewrite(self, gm: fx.GraphModule) -> None:
+        unmerge(gm)
         for node in list(gm.graph.nodes):
             if node.target is ops.dequantize_activation:
                 node.replace_all_uses_with(_float_input(node))

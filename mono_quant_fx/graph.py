@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import re
 import warnings
 from collections.abc import Iterable, Iterator
@@ -99,6 +100,13 @@ def attach(gm: nn.Module, target: str, value: Any, persistent: bool = True) -> N
         owner.register_buffer(name, value, persistent)
     else:
         setattr(owner, name, value)
+
+
+def free_name(gm: nn.Module, name: str, endings: Iterable[str] = ("",)) -> str:
+    """`name`, with a number after it if a tensor or module has it already with one of the endings."""
+    taken = {taken for taken, _ in (*named_tensors(gm), *gm.named_modules())}
+    free = (f"{name}_{i}" if i else name for i in itertools.count())
+    return next(candidate for candidate in free if taken.isdisjoint(candidate + ending for ending in endings))
 
 
 def drop_unused(gm: fx.GraphModule) -> None:

@@ -36,7 +36,7 @@ class Lockstep:
         self.constant = constant_nodes(quantized)
         calls = [n for n in quantized.graph.nodes if n.op.startswith("call_")]
         self.local_at = {n for n in calls if n.name in local_at and n.name in self.twins}
-        self._uses_reference, self._uses_quantized = self._count_uses()
+        self._uses_reference, self._uses_quantized, self._uses_local = self._count_uses()
 
     def run(self, batch: Batch, number: int, visit: Visit) -> None:
         """Calls visit(node, reference, accumulated, local or None) for each node of both graphs, in order.
@@ -57,17 +57,25 @@ class Lockstep:
             else:
                 yield from self.local_inputs(source)
 
-    def _count_uses(self) -> tuple[Counter[fx.Node], Counter[fx.Node]]:
+    def local_sources(self, node: fx.Node) -> Iterator[fx.Node]:
+        """Every node of the quantized graph alone that the local output of `node` is computed from on the way."""
+        for source in node.all_input_nodes:
+            if not self.constant[source] and source.name not in self.twins:
+                yield source
+                yield from self.local_sources(source)
+
+    def _count_uses(self) -> tuple[Counter[fx.Node], Counter[fx.Node], Counter[fx.Node]]:
         reference = Counter(a for n in self.reference.graph.nodes for a in n.all_input_nodes)
         quantized = Counter(a for n in self.quantized.graph.nodes for a in n.all_input_nodes)
+        local = Counter(source for node in self.local_at for source in self.local_sources(node))
         for node in self.local_at:
             for from_reference, source in self.local_inputs(node):
                 (reference if from_reference else quantized)[source] += 1
-        return reference, quantized
+        return reference, quantized, local
 
-    def uses(self) -> tuple[Counter[fx.Node], Counter[fx.Node]]:
+    def uses(self) -> tuple[Counter[fx.Node], Counter[fx.Node], Counter[fx.Node]]:
         """Fresh counts of the uses of each value, to be counted down by one run."""
-        return self._uses_reference.copy(), self._uses_quantized.copy()
+        return self._uses_reference.copy(), self._uses_quantized.copy(), self._uses_local.copy()
 
 
 class _Run:
@@ -75,9 +83,10 @@ class _Run:
 
     def __init__(self, plan: Lockstep, batch: Batch, number: int):
         self.plan, self.number = plan, number
-        self.left_reference, self.left_quantized = plan.uses()
+        self.left_reference, self.left_quantized, self.left_local = plan.uses()
         self.reference: dict[fx.Node, Any] = {}
         self.accumulated: dict[fx.Node, Any] = {}
+        self.local: dict[fx.Node, Any] = {}  # of the nodes that the quantized graph has alone, on float inputs
         self.inputs = (iter(batch.bind(plan.reference)), iter(batch.bind(plan.quantized)))
         self.ahead = iter(plan.reference.graph.nodes)
 
@@ -115,6 +124,8 @@ class _Run:
                 self._used(self.reference, self.left_reference, source)
             else:
                 self._used(self.accumulated, self.left_quantized, source)
+        for source in self.plan.local_sources(node):
+            self._used(self.local, self.left_local, source)
         return value
 
     def _local_value(self, source: fx.Node) -> Any:
@@ -123,7 +134,9 @@ class _Run:
         twin = self.plan.twins.get(source.name)
         if twin is not None:
             return self.reference[twin]
-        return execute(self.plan.quantized, source, self._local_value, iter(()), self.number)
+        if source not in self.local:
+            self.local[source] = execute(self.plan.quantized, source, self._local_value, iter(()), self.number)
+        return self.local[source]
 
     def _used(self, values: dict[fx.Node, Any], left: Counter[fx.Node], node: fx.Node) -> None:
         left[node] -= 1

@@ -7,6 +7,7 @@ from mono_quant_fx.passes.activation_lowering import ActivationLowering  # isort
 from mono_quant_fx.passes.bias_correction import BiasCorrection  # isort: skip
 from mono_quant_fx.passes.int4_groupwise_lowering import Int4GroupwiseLowering  # isort: skip
 from mono_quant_fx.passes.dequant_fusion import DequantFusion  # isort: skip
+from mono_quant_fx.passes.linear_merging import LinearMerging  # isort: skip
 
 __all__ = [
     "ActivationLowering",
@@ -14,6 +15,7 @@ __all__ = [
     "CalibrationExecution",
     "DequantFusion",
     "Int4GroupwiseLowering",
+    "LinearMerging",
     "ObserverInsertion",
     "SkipAnnotation",
 ]

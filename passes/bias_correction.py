@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
 from collections import Counter
@@ -221,10 +220,7 @@ def _set_argument(node: fx.Node, at: Arg, value: fx.Node) -> None:
 
 def _free_name(gm: fx.GraphModule, weight: str, module: str) -> str:
     """a.weight -> a.bias, a.w -> a.w_bias; a number follows where that is taken."""
-    name = f"{module}.bias" if module and weight.endswith(".weight") else f"{weight}_bias"
-    taken = {name for name, _ in (*graph.named_tensors(gm), *gm.named_modules())}
-    free = (f"{name}_{i}" if i else name for i in itertools.count())
-    return next(candidate for candidate in free if candidate not in taken)
+    return graph.free_name(gm, f"{module}.bias" if module and weight.endswith(".weight") else f"{weight}_bias")
 
 
 def _channel_axis(node: fx.Node, y: Tensor) -> int:

@@ -42,7 +42,9 @@ LAYERS = [
         "layer_inputs",
         "rewrite",
         "dynamo_graph",
+        "aliasing",
     },
+    {"merging"},
     {"exporter", "observer_base", "kl_divergence"},
     {"histogram"},
     {"select_observer"},
@@ -145,7 +147,7 @@ def test_the_public_names_are_there_and_documented():
         assert value.__doc__ or not callable(value), name
     assert set(mq.passes.__all__) == {
         "SkipAnnotation", "ObserverInsertion", "CalibrationExecution", "ActivationLowering",
-        "BiasCorrection", "Int4GroupwiseLowering", "DequantFusion",
+        "BiasCorrection", "Int4GroupwiseLowering", "DequantFusion", "LinearMerging",
     }  # fmt: skip
 
 

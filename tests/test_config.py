@@ -38,6 +38,7 @@ WRONG = [
     ("activation_symmetric", [1, 0, "yes", None], "True or False"),
     ("bias_correction", [1, 0, "yes", None], "True or False"),
     ("compute", ["int4", "bf16", None, 32], "one of 'auto', 'float32', 'bfloat16', 'int8' is needed"),
+    ("merge_linears", [1, 0, "yes", None], "True or False"),
     ("observer", ["minmx", "energy", None, True], OBSERVER),
     ("skip_param_threshold", [-1, 0.5, "512", None, True], "a whole number >= 0 is needed"),
     ("num_calibration_samples", [0, -5, 1.5, "150", None, True], "a whole number >= 1 is needed"),

@@ -29,7 +29,9 @@ def stage(model, batches, *, method="auto", **fields):
     """The graph right before bias-correction."""
     config = mq.QuantConfig(**CONFIG | fields)
     gm = mq.capture(model.eval(), batches[0], method=method)
-    for pass_ in mq.default_pipeline(config, batches).passes[:-2]:
+    for pass_ in mq.default_pipeline(config, batches).passes:
+        if isinstance(pass_, mq.passes.Int4GroupwiseLowering):
+            break
         gm = pass_(gm).graph_module
     return gm
 

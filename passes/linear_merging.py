@@ -1,0 +1,84 @@
+"""linear-merging: merges side by side. Linears that read one input become one op and a split of its result."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+from torch import fx
+
+from mono_quant_fx import graph
+from mono_quant_fx.aliasing import owners, takes_split_rows, written
+from mono_quant_fx.annotation import get_annotation
+from mono_quant_fx.merging import LinearCall, merge
+from mono_quant_fx.pass_base import Pass
+
+
+@dataclass(frozen=True)
+class LinearMerging(Pass):
+    """The projections q, k and v of an attention, or gate and up of an MLP, as one product of stacked rows.
+
+    int4_linear, int8_linear, w4a8_linear and w8a8_linear merge with their like: same input, same group size, dtypes and
+    compute, all with zero points or none, all with a bias or none. What stays apart: a weight, scale or bias that
+    something else reads as well, and ops between which the input may be written into.
+
+    The results are views of one tensor, its columns, where no reader minds (see aliasing.takes_split_rows), and copies
+    elsewhere. For few rows merging pays, for many it makes no difference (docs/kernels.md), so there is no other rule.
+    Numbers change only where the operator takes another way for the wider product, and then in their last bits.
+    """
+
+    name: ClassVar[str] = "linear-merging"
+
+    def rewrite(self, gm: fx.GraphModule) -> None:
+        """Group by group."""
+        for nodes in _groups(gm):
+            calls = [call for node in nodes if (call := LinearCall.read(node)) is not None]
+            views = all(takes_split_rows(n, c.outputs(gm)) for n, c in zip(nodes, calls, strict=True))
+            merge(gm, nodes, own_memory=not views)
+
+    def ensures(self, gm: fx.GraphModule) -> str | None:
+        """Nothing is left to merge."""
+        left = _groups(gm)
+        return f"{left[0][0].name} and {left[0][1].name} were not merged" if left else None
+
+
+class _Kind(NamedTuple):
+    """Equal for ops that may merge."""
+
+    op: Any
+    input: fx.Node
+    qparams: tuple[fx.Node, ...]
+    options: tuple[Any, ...]
+    is_symmetric: bool
+    constants: tuple[Any, ...]
+
+
+def _groups(gm: fx.GraphModule) -> list[list[fx.Node]]:
+    """The ops that may be computed together, where the first of them stands."""
+    done: list[list[fx.Node]] = []
+    growing: dict[_Kind, list[fx.Node]] = {}
+    memory: dict[fx.Node, set[fx.Node | None]] = {}
+    for node in gm.graph.nodes:
+        touched = owners(written(node))
+        for ended in [kind for kind in growing if not touched.isdisjoint(memory[kind.input])]:
+            done.append(growing.pop(ended))
+        kind = _kind(gm, node)
+        if kind is not None:
+            memory.setdefault(kind.input, owners((kind.input,)))
+            growing.setdefault(kind, []).append(node)
+    return [nodes for nodes in (*done, *growing.values()) if len(nodes) > 1]
+
+
+def _kind(gm: fx.GraphModule, node: fx.Node) -> _Kind | None:
+    """None for what never merges."""
+    call = LinearCall.read(node)
+    if call is None:
+        return None
+    own = [n for n in (*call.stored, call.bias) if n is not None]
+    tensors = [graph.get_tensor(gm, n) for n in own]
+    if any(t is None for t in tensors) or any(len(n.users) > 1 for n in own):
+        return None
+    if get_annotation(own[0]) is None or not all(graph.is_persistent(gm, str(n.target)) for n in own):
+        return None
+    like = tuple((type(t), t.dtype, t.device, t.requires_grad) for t in tensors if t is not None)
+    return _Kind(node.target, call.input[0], call.input[1:], call.options, call.stored[2] is None, like)
