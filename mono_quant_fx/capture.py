@@ -23,6 +23,7 @@ from mono_quant_fx.capture_errors import explain_failure, explain_own_failure
 from mono_quant_fx.data import Batch, leaves, to_batch
 from mono_quant_fx.errors import CaptureError, ConfigError
 from mono_quant_fx.exporter import check_exported_mode, export, follow_inputs
+from mono_quant_fx.state import own_state
 from mono_quant_fx.tracer import open_modules, trace
 from mono_quant_fx.weight_ops import find_weights, hidden_weights
 
@@ -37,6 +38,8 @@ def capture(
     dynamic_shapes: Any = None,
 ) -> fx.GraphModule:
     """Captures a model in eval mode as an FX graph that shares its tensors; the model itself is not touched.
+
+    Buffers that forward writes in place (a static key-value cache) are copied, so that both can run side by side.
 
     With an example the graph is run on it once and must give what the model gives; without one nothing checks it.
 
@@ -73,6 +76,7 @@ def capture(
         gm = open_modules(model)
         if is_program:
             follow_inputs(gm)
+        own_state(gm)
         return gm
     example = None if example_inputs is None else to_batch(example_inputs)
     if example is not None:
@@ -80,6 +84,7 @@ def capture(
     gm, notes = _Attempts(model, example, dynamic_shapes).run(method)
     for note in notes:
         warnings.warn(note, stacklevel=2)
+    own_state(gm)
     return gm
 
 

@@ -12,10 +12,11 @@ from torch import Tensor, fx
 from mono_quant_fx import graph
 from mono_quant_fx.data import Batch
 from mono_quant_fx.run import execute
+from mono_quant_fx.state import written
 
 
 class Carry:
-    """The live values of a walk.
+    """The live values of a walk. A tensor that the graph writes in place is a value too: each batch has its own copy.
 
     Args:
         gm: the graph; step() wants its nodes in order.
@@ -29,7 +30,7 @@ class Carry:
     def __init__(self, gm: fx.GraphModule, batches: list[Batch], replaced: Callable[[fx.Node], Tensor | None]):
         self.gm, self.replaced = gm, replaced
         self.inputs = [iter(batch.bind(gm)) for batch in batches]
-        self.constant = graph.constant_nodes(gm)
+        self.constant = graph.constant_nodes(gm, written(gm))
         self.values: dict[fx.Node, list[Any]] = {}
         self.left = Counter(a for n in gm.graph.nodes for a in n.all_input_nodes)
 
@@ -56,6 +57,9 @@ class Carry:
             CalibrationError: the node fails on a batch.
         """
         if self.constant[node]:
+            return
+        if node.op == "get_attr":
+            self.put(node, [graph.get_attribute(self.gm, str(node.target)).clone() for _ in self.inputs])
             return
         constants: dict[fx.Node, Any] = {}
 

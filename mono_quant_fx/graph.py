@@ -177,14 +177,19 @@ def _token(value: Any) -> Any:
     return id(value)
 
 
-def constant_nodes(gm: fx.GraphModule) -> dict[fx.Node, bool]:
-    """Which values do not depend on the batch: the weights, and what is computed from weights alone."""
-    constant: dict[fx.Node, bool] = {}
+def constant_nodes(gm: fx.GraphModule, written: Iterable[fx.Node] = ()) -> dict[fx.Node, bool]:
+    """Which values do not depend on the batch: the weights, and what is computed from weights alone.
+
+    Args:
+        written: get_attr nodes of tensors that the graph writes, which do.
+    """
+    constant: dict[fx.Node, bool] = dict.fromkeys(written, False)
     for node in gm.graph.nodes:
         sources = node.all_input_nodes
-        constant[node] = node.op == "get_attr" or (
-            node.op != "placeholder" and bool(sources) and all(constant[a] for a in sources)
-        )
+        if node not in constant:
+            constant[node] = node.op == "get_attr" or (
+                node.op != "placeholder" and bool(sources) and all(constant[a] for a in sources)
+            )
     return constant
 
 

@@ -129,7 +129,11 @@ def required_inputs(model: nn.Module) -> list[str]:
 def trace(model: nn.Module, inputs: list[str] | None = None) -> fx.GraphModule:
     """Symbolic tracing with QuantTracer, of a twin: what tracing and forward leave on a module stays there."""
     model = twin(model)
-    return normalize(fx.GraphModule(model, QuantTracer(inputs).trace(model)))
+    gm = fx.GraphModule(model, QuantTracer(inputs).trace(model))
+    for target in graph.attribute_targets(gm):
+        if not graph.is_persistent(model, target):  # torch.fx registers every buffer as a persistent one
+            graph.attach(gm, target, graph.get_attribute(gm, target), persistent=False)
+    return normalize(gm)
 
 
 def twin(model: nn.Module) -> nn.Module:

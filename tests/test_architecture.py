@@ -28,7 +28,7 @@ LAYERS = [
     {"gptq"},
     {"refine"},
     {"rounding"},
-    {"annotation", "weight_ops", "data"},
+    {"annotation", "weight_ops", "data", "state"},
     {"codes"},
     {
         "pass_base",
