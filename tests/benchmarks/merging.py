@@ -16,7 +16,8 @@ from torch import Tensor
 
 import mono_quant_fx as mq
 from mono_quant_fx import ops
-from tests.benchmarks.linear import ROTATED, Run, milliseconds
+from tests.benchmarks.linear import ROTATED
+from tests.benchmarks.timing import Run, medians
 
 ROWS = (1, 4, 16, 64, 256, 512)
 #: Name -> columns, and the rows of each weight.
@@ -79,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         lines = []
         for rows in options.rows:
             found = runs(rows, columns, outputs, options.group_size, getattr(torch, options.dtype))
-            lines.append(line(rows, milliseconds(found, options.seconds)))
+            lines.append(line(rows, {name: 1e3 * s for name, s in medians(found, options.seconds).items()}))
         print(f"{name}: {' + '.join(map(str, outputs))} x {columns}, groups of {options.group_size}\n")
         print(tabulate(lines, ("rows", "ms apart", *NAMES[1:]), tablefmt="github", disable_numparse=True))
         print()
