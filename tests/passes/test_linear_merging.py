@@ -100,8 +100,7 @@ def test_the_graph_before_and_after():
     )
 
 
-@pytest.mark.parametrize("method", ["symbolic", "export"])
-@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("method", "symmetric"), [("symbolic", False), ("export", True)])
 @pytest.mark.parametrize(
     ("op", "fields"),
     [
@@ -280,7 +279,7 @@ def branches(draw):
     return Branches(sizes, biases, uses).eval(), dict(enumerate(schemes)), torch.randn(*leading, 48)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=15, deadline=None, derandomize=True)
 @given(branches())
 def test_any_graph_computes_the_same_and_comes_back(case):
     model, schemes, x = case
@@ -419,15 +418,13 @@ def test_compile_and_export():
         torch.testing.assert_close(exported(x), gm(x), rtol=0, atol=MERGED_TOLERANCE)
 
 
-@pytest.mark.parametrize("name", ["llama", "bert"])
-def test_a_hugging_face_model_gets_views_at_any_batch_and_length(name):
-    model, example = hf_models.build(name), hf_models.inputs(name, 2, 9)
+def test_a_hugging_face_model_gets_views_at_any_batch_and_length():
+    model, example = hf_models.build("llama"), hf_models.inputs("llama", 2, 9)
     single = apart(mq.capture(model, example), group_size=16)
     gm = mq.passes.LinearMerging()(single).graph_module
-    groups = {"llama": 4, "bert": 2}[name]  # q k v and gate up in each of two layers; bert has no gate
-    assert is_split(gm) == (groups, 0)
+    assert is_split(gm) == (4, 0)  # q, k and v, and gate and up, in each of two layers
     for batch, length in ((2, 9), (3, 1), (1, 5)):
-        inputs = hf_models.inputs(name, batch, length)
+        inputs = hf_models.inputs("llama", batch, length)
         with torch.no_grad():
             actual, expected = hf_models.output(gm(**inputs)), hf_models.output(single(**inputs))
         torch.testing.assert_close(actual, expected, rtol=MERGED_TOLERANCE, atol=MERGED_TOLERANCE)
