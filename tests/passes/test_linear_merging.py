@@ -394,16 +394,21 @@ def test_a_name_that_is_taken_is_left_alone():
     assert {"a_b.weight_packed", "a_b.weight_1_packed", "a_b.bias", "a_b.bias_1"} <= names
 
 
-@pytest.mark.parametrize("path", [p for p in native.PATHS if p in mq.kernels().available])
+@pytest.mark.parametrize("path", [p for p in native.PATHS[1:] if p in mq.kernels().available])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_few_rows_give_the_same_bits_on_every_kernel(path, bits, monkeypatch):
+def test_kernels_give_the_same_bits(path, bits, monkeypatch):
+    """Where torch's matmul is not a way: up to 8 rows, and in INT4 with float32 x on avx512_bf16 at any number."""
     monkeypatch.setenv(native.VARIABLE, path)
     native.path.cache_clear()
     single = apart(Attention(), bits=bits)
     gm = mq.passes.LinearMerging()(single).graph_module
-    for rows in (1, 3):
-        x = torch.randn(1, rows, 64)
-        assert torch.equal(gm(x), single(x))
+    torch.use_deterministic_algorithms(True)  # the ways follow from the number of rows alone
+    try:
+        for rows in (1, 3, 8, *([16, 40] if (path, bits) == ("avx512_bf16", 4) else [])):
+            x = torch.randn(1, rows, 64)
+            assert torch.equal(gm(x), single(x))
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_compile_and_export():
