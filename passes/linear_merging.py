@@ -23,8 +23,8 @@ class LinearMerging(Pass):
     something else reads as well, and ops between which the input may be written into.
 
     The results are views of one tensor, its columns, where no reader minds (see aliasing.takes_split_rows), and copies
-    elsewhere. For few rows merging pays, for many it makes no difference (docs/kernels.md), so there is no other rule.
-    Numbers change only where the operator takes another way for the wider product, and then in their last bits.
+    elsewhere. For few rows merging pays, for many it hardly matters (docs/kernels.md), so there is no other rule. The
+    last bits may change where torch's matmul computes the product, or another way than before.
     """
 
     name: ClassVar[str] = "linear-merging"

@@ -100,8 +100,7 @@ def test_the_graph_before_and_after():
     )
 
 
-@pytest.mark.parametrize("method", ["symbolic", "export"])
-@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("method", "symmetric"), [("symbolic", False), ("export", True)])
 @pytest.mark.parametrize(
     ("op", "fields"),
     [
@@ -280,7 +279,7 @@ def branches(draw):
     return Branches(sizes, biases, uses).eval(), dict(enumerate(schemes)), torch.randn(*leading, 48)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=15, deadline=None, derandomize=True)
 @given(branches())
 def test_any_graph_computes_the_same_and_comes_back(case):
     model, schemes, x = case
@@ -395,16 +394,21 @@ def test_a_name_that_is_taken_is_left_alone():
     assert {"a_b.weight_packed", "a_b.weight_1_packed", "a_b.bias", "a_b.bias_1"} <= names
 
 
-@pytest.mark.parametrize("path", [p for p in native.PATHS if p in mq.kernels().available])
+@pytest.mark.parametrize("path", [p for p in native.PATHS[1:] if p in mq.kernels().available])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_few_rows_give_the_same_bits_on_every_kernel(path, bits, monkeypatch):
+def test_kernels_give_the_same_bits(path, bits, monkeypatch):
+    """Where torch's matmul is not a way: up to 8 rows, and in INT4 with float32 x on avx512_bf16 at any number."""
     monkeypatch.setenv(native.VARIABLE, path)
     native.path.cache_clear()
     single = apart(Attention(), bits=bits)
     gm = mq.passes.LinearMerging()(single).graph_module
-    for rows in (1, 3):
-        x = torch.randn(1, rows, 64)
-        assert torch.equal(gm(x), single(x))
+    torch.use_deterministic_algorithms(True)  # the ways follow from the number of rows alone
+    try:
+        for rows in (1, 3, 8, *([16, 40] if (path, bits) == ("avx512_bf16", 4) else [])):
+            x = torch.randn(1, rows, 64)
+            assert torch.equal(gm(x), single(x))
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_compile_and_export():
@@ -419,15 +423,13 @@ def test_compile_and_export():
         torch.testing.assert_close(exported(x), gm(x), rtol=0, atol=MERGED_TOLERANCE)
 
 
-@pytest.mark.parametrize("name", ["llama", "bert"])
-def test_a_hugging_face_model_gets_views_at_any_batch_and_length(name):
-    model, example = hf_models.build(name), hf_models.inputs(name, 2, 9)
+def test_a_hugging_face_model_gets_views_at_any_batch_and_length():
+    model, example = hf_models.build("llama"), hf_models.inputs("llama", 2, 9)
     single = apart(mq.capture(model, example), group_size=16)
     gm = mq.passes.LinearMerging()(single).graph_module
-    groups = {"llama": 4, "bert": 2}[name]  # q k v and gate up in each of two layers; bert has no gate
-    assert is_split(gm) == (groups, 0)
+    assert is_split(gm) == (4, 0)  # q, k and v, and gate and up, in each of two layers
     for batch, length in ((2, 9), (3, 1), (1, 5)):
-        inputs = hf_models.inputs(name, batch, length)
+        inputs = hf_models.inputs("llama", batch, length)
         with torch.no_grad():
             actual, expected = hf_models.output(gm(**inputs)), hf_models.output(single(**inputs))
         torch.testing.assert_close(actual, expected, rtol=MERGED_TOLERANCE, atol=MERGED_TOLERANCE)
