@@ -30,6 +30,7 @@ PAGES = (
     "docs/numerics.md",
     "docs/observers.md",
     "docs/kernels.md",
+    "docs/performance.md",
     "docs/compile.md",
     "docs/reading_the_table.md",
     "docs/accuracy.md",

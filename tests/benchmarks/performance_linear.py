@@ -14,9 +14,9 @@ Figures = Mapping[str, Any]
 COLUMNS = """\
 M is the number of rows of x. `ms` is mono_quant_fx; every other column is how many times faster it is than that peer.
 aten int4pack, quanto, bnb and torchao get bfloat16 x, which they are fastest with; ONNX Runtime (ORT: MatMulNBits,
-accuracy level 0 multiplies in float32, level 4 in INT8) gets float32 x. The weights are {group}, except bnb
-nf4 (blocks of 64), and rotate, so that none stays in the last-level cache. `best INT4 peer` is the fastest of the INT4
-columns at that M.
+accuracy level 0 multiplies in float32, level 4 in INT8) gets float32 x. The weights are {group},
+except bnb nf4 (blocks of 64), and rotate, so that none stays in the last-level cache. `best INT4 peer` is the fastest of
+the INT4 columns at that M.
 """
 
 

@@ -28,8 +28,8 @@ call slower), and the number of calls of anything that it sees:
 
 MEMORY = """\
 Resident memory at its peak while the contestant reads the prompt and answers, each in a process of its own, beyond what
-Python and the imports take; loading and quantizing are over. The tied embedding counts twice in the INT4 ones: as a
-float table, and as the INT8 head.
+Python and the imports take; loading and quantizing are over. The INT4 ones hold the tied embedding twice: as a float
+table, and as the INT8 head.
 """
 
 

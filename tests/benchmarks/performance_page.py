@@ -44,6 +44,8 @@ below 1 it is slower.
 """
 
 EXAMPLE = """\
+### What a call reads
+
 What there is to gain for a few rows of x is what a call need not read:
 
 ```python
@@ -65,7 +67,7 @@ float32 64 MiB, bfloat16 32, INT4 8.5
 ```
 """
 
-NEXT = "Next: [Reading the table](reading_the_table.md)."
+NEXT = "Next: [torch.compile, export and AOTInductor](compile.md)."
 
 
 def write(path: Path, store: Store) -> None:
