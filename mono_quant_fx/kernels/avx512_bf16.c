@@ -97,6 +97,14 @@ static void shuffle_x(const mq_linear *a, int64_t first, int64_t rows, __m512i *
     }
 }
 
+INLINE __m128 sum_each(__m512 a, __m512 b, __m512 c, __m512 d) {
+    __m512 p = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    __m512 q = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    __m512 r = _mm512_add_ps(_mm512_shuffle_ps(p, q, 0x44), _mm512_shuffle_ps(p, q, 0xee));
+    __m256 h = _mm256_add_ps(_mm512_castps512_ps256(r), _mm512_extractf32x8_ps(r, 1));
+    return _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+}
+
 /* ---- few rows of x ---- */
 
 typedef struct {
@@ -145,6 +153,23 @@ INLINE void few_block(const few_rows *f, const place *p, const __m512i *x, const
     }
 }
 
+/* out[m][n .. n + count), count at most 4. */
+INLINE void store_four(const mq_linear *a, int64_t m, int64_t n, const int count, __m128 v) {
+    const __mmask8 mask = (__mmask8)((1 << count) - 1);
+    char *to = (char *)a->out + (m * a->out_stride + n) * size_of(a->out_type);
+    if (a->bias) {
+        float bias[4] = {0};
+        for (int h = 0; h < count; h++) bias[h] = load1(a->bias, a->bias_type, n + h);
+        v = _mm_add_ps(v, _mm_loadu_ps(bias));
+    }
+    if (a->out_type == MQ_F32)
+        _mm_mask_storeu_ps(to, mask, v);
+    else if (a->out_type == MQ_BF16)
+        _mm_mask_storeu_epi16(to, mask, (__m128i)_mm_cvtneps_pbh(v));
+    else
+        _mm_mask_storeu_epi16(to, mask, _mm_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
+
 /* Rows m.. of x by rows n.. of the weight. */
 INLINE void few(const few_rows *f, int64_t m, int64_t n, const int rows, const int height, const int kind,
                 const int shifted) {
@@ -161,8 +186,10 @@ INLINE void few(const few_rows *f, int64_t m, int64_t n, const int rows, const i
     if (whole < blocks)
         few_block(f, &p, x, shifted ? sums + whole : NULL, weight, ahead, words % LANES, total, rows, height, kind,
                   shifted);
-    UNROLL for (int i = 0; i < rows; i++) UNROLL for (int h = 0; h < height; h++)
-        store_result(f->a, m + i, n + h, _mm512_reduce_add_ps(total[i][h]));
+    UNROLL for (int i = 0; i < rows; i++) /* a sum that is not needed is one that is there */
+        store_four(f->a, m + i, n, height,
+                   sum_each(total[i][0], total[i][height > 1 ? 1 : 0], total[i][height > 2 ? 2 : 0],
+                            total[i][height > 3 ? 3 : 0]));
 }
 
 #define SIZE(ROWS, HEIGHT)                                                                                             \
@@ -240,14 +267,6 @@ INLINE void scale_row(const mq_linear *a, const lanes *l, int64_t n, int64_t fir
             to[j * TALL] = _mm512_permutexvar_epi16(weave, both);
         }
     }
-}
-
-INLINE __m128 sum_each(__m512 a, __m512 b, __m512 c, __m512 d) {
-    __m512 p = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-    __m512 q = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
-    __m512 r = _mm512_add_ps(_mm512_shuffle_ps(p, q, 0x44), _mm512_shuffle_ps(p, q, 0xee));
-    __m256 h = _mm256_add_ps(_mm512_castps512_ps256(r), _mm512_extractf32x8_ps(r, 1));
-    return _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
 }
 
 /* sums[row][8] += `rows` rows of x times the TALL rows of a panel. */

@@ -24,12 +24,12 @@ from mono_quant_fx.numerics import QuantizedWeight
 #: Rows of x up to which the first way is always taken, and from which on it never is.
 ALWAYS_FEW, NEVER_FEW = 4, 33
 #: Rows of x from which torch's matmul is a candidate, and from which on nothing that works in fp32 registers is.
-MATMUL, NEVER_REGISTERS = 9, 65
+MATMUL, NEVER_REGISTERS = 9, 513
 #: A later way must be this much faster than an earlier one, so that chance decides little.
 MARGIN = 0.95
 REPEATS = 3
-#: Bytes of the scratch of a tile: half of a usual L2.
-SCRATCH = 1 << 19
+#: Bytes of the scratch of a tile: the L2 of two cores. Half as much makes torch's matmul a tenth slower.
+SCRATCH = 1 << 21
 
 #: The kernel that rounds x to INT8 itself; it has one way.
 INT8 = "avx512_vnni"

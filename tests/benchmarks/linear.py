@@ -26,7 +26,7 @@ from tests.benchmarks import performance_page
 from tests.benchmarks.accuracy_cache import ROOT
 from tests.benchmarks.accuracy_cell import one_line
 from tests.benchmarks.accuracy_settings import OURS
-from tests.benchmarks.linear_peers import FP32, PEERS, Peer, Product, Shape, ours, prepare
+from tests.benchmarks.linear_peers import BF16, FP32, PEERS, Peer, Product, Shape, ours, prepare
 from tests.benchmarks.performance_store import DEFAULT, PAGE, Store
 from tests.benchmarks.timing import Run, medians
 
@@ -40,7 +40,7 @@ Figures = dict[str, Any]
 
 
 def measure(shape: str, rows: Sequence[int], peers: Mapping[str, Peer], group_size: int, dtype: str, seconds: float,
-            rotated: int = ROTATED) -> Figures:  # fmt: skip
+            rotated: int = ROTATED, compute: str = "auto") -> Figures:  # fmt: skip
     """One table: milliseconds by rows and name, and why a peer has none.
 
     Args:
@@ -48,11 +48,12 @@ def measure(shape: str, rows: Sequence[int], peers: Mapping[str, Peer], group_si
         dtype: of the x that mono_quant_fx gets.
         seconds: for each number of rows.
         rotated: bytes of all copies of the INT4 weight.
+        compute: how mono_quant_fx multiplies.
     """
     outputs, columns = map(int, shape.split("x"))
     copies = max(2, -(-rotated // (columns * outputs // 2)))
     weights = Shape([torch.randn(outputs, columns) / columns**0.5 for _ in range(copies)], group_size)
-    products: dict[str, Product] = {OURS: prepare(ours(getattr(torch, dtype)), weights)}
+    products: dict[str, Product] = {OURS: prepare(ours(getattr(torch, dtype), compute), weights)}
     reasons: dict[str, str] = {}
     for name, peer in peers.items():
         try:
@@ -106,6 +107,9 @@ def measure_page(options: argparse.Namespace) -> None:
     first, active = options.shapes[0], mq.kernels().active
     in_float = {name: PEERS[name] for name in (FP32, "ORT level 0", "ORT level 4")}
     keep("linear float32", measure(first, options.rows, in_float, options.group_size, "float32", options.seconds))
+    in_int8 = {name: PEERS[name] for name in (FP32, BF16, "ORT level 4", "torchao 8da4w")}
+    found = measure(first, options.rows, in_int8, options.group_size, "bfloat16", options.seconds, compute="int8")
+    keep("linear int8", found)
     for path in [p for p in native.PATHS if p in mq.kernels().available and p != active]:
         store.add(f"path {path}", _on_path(path, first, options))
     performance_page.write(PAGE if options.page is True else Path(options.page), store)

@@ -65,13 +65,13 @@ def rotate(calls: Sequence[Callable[[], object]]) -> Run:
     return lambda i: calls[i % len(calls)]()
 
 
-def ours(dtype: torch.dtype) -> Callable[[Shape], Product]:
+def ours(dtype: torch.dtype, compute: str = "auto") -> Callable[[Shape], Product]:
     def make(shape: Shape) -> Product:
         stored, group_size = shape.stored, shape.group_size
 
         def product(x: Tensor) -> Run:
             cast = x.to(dtype)
-            return lambda i: ops.int4_linear(cast, *stored[i % len(stored)], None, group_size)
+            return lambda i: ops.int4_linear(cast, *stored[i % len(stored)], None, group_size, compute)
 
         return product
 

@@ -15,15 +15,15 @@ COLUMNS = """\
 M is the number of rows of x. `ms` is mono_quant_fx; every other column is how many times faster it is than that peer.
 aten int4pack, quanto, bnb and torchao get bfloat16 x, which they are fastest with; ONNX Runtime (ORT: MatMulNBits,
 accuracy level 0 multiplies in float32, level 4 in INT8) gets float32 x. The weights are {group},
-except bnb nf4 (blocks of 64), and rotate, so that none stays in the last-level cache. `best INT4 peer` is the fastest of
-the INT4 columns at that M.
+except bnb nf4 (blocks of 64), and rotate, so that none stays in the last-level cache. `best INT4 peer` is the fastest
+of the INT4 columns at that M.
 """
 
 
 def linear_part(figures: Mapping[str, Figures]) -> str:
     """The whole part: what it says, then a table a shape, then float32 x."""
-    shapes = [f for key, f in figures.items() if key.startswith("linear ") and key != "linear float32"]
-    in_float = figures.get("linear float32")
+    shapes = _shapes(figures)
+    in_float, in_int8 = figures.get("linear float32"), figures.get("linear int8")
     if not shapes and in_float is None:
         return ""
     some: Figures = shapes[0] if shapes else in_float  # type: ignore[assignment]
@@ -36,7 +36,18 @@ def linear_part(figures: Mapping[str, Figures]) -> str:
             f"\n### {in_float['shape']}, float32 x\n\nHere mono_quant_fx gets float32 x, which it rounds to bfloat16 "
             f"on a CPU that multiplies bfloat16 (`compute`, see [Kernels](kernels.md)).\n\n{linear_text(in_float)}"
         )
+    if in_int8 is not None:
+        text += (
+            f'\n### {in_int8["shape"]}, `compute="int8"`\n\nIn each call mono_quant_fx rounds x to INT8, a scale '
+            f"for each row and group, beside peers that round x as well and float.\n\n{linear_text(in_int8)}"
+        )
     return text
+
+
+def _shapes(figures: Mapping[str, Figures]) -> list[Figures]:
+    """The tables of the default setting, in order."""
+    other = ("linear float32", "linear int8")
+    return [f for key, f in figures.items() if key.startswith("linear ") and key not in other]
 
 
 def linear_text(found: Figures) -> str:
@@ -96,7 +107,7 @@ def _missing(tables: list[Figures]) -> str:
 
 def linear_summary(figures: Mapping[str, Figures]) -> list[str]:
     """The first shape in a line."""
-    found = next((f for key, f in figures.items() if key.startswith("linear ") and key != "linear float32"), None)
+    found = next(iter(_shapes(figures)), None)
     if found is None:
         return []
     rows = {count: taken[BF16] / taken[OURS] for count, taken in found["milliseconds"].items() if BF16 in taken}
