@@ -153,7 +153,7 @@ def linear(
         stored: weight_packed [N, ceil(K/8)] (INT8: [N, K]), weight_scale, weight_zero_point: checked, and such that
             takes() holds.
         out: contiguous, not empty, of any of the three types.
-        few: whether avx512_bf16 scales sums of products of codes, instead of scaling the codes.
+        few: whether INT4 codes are unpacked in registers, not into panels: faster for a few rows of x.
 
     Raises:
         MemoryError: the scratch (a copy of x, or of 2^19 bytes of it) does not fit.

@@ -7,22 +7,28 @@
  * multiple of 8. x is rounded to bf16 and brought into that order once a call: vector j holds columns 4 i + j.
  */
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c")
-#define LANES 16
-#include "lanes.h"
+#include "avx512.h"
 
-enum {
-    BLOCK = 128,
-    PANEL = 16, /* blocks in a panel: with TALL rows 24 KiB, which leaves room in L1 for x */
-    TALL = 6,
-    WIDE = 4,
-    STACK = 8,  /* panels that are scaled before x is read, where x has more rows than CHUNK: 192 KiB */
-    CHUNK = 64, /* rows of x that meet one panel after the other: 256 KiB at a time */
-    X_BYTES = 1 << 22, /* of x that are shuffled at a time */
-    AHEAD_BYTES = 12 << 10,
-};
-
+typedef int32_t unit; /* columns j and j + 4 of a word of x, as bf16 */
+typedef __m512 part;
 typedef __m512bh bh;
+
 INLINE bh as_bh(__m512i v) { return (bh)v; }
+INLINE part nothing(void) { return _mm512_setzero_ps(); }
+INLINE part dot(part p, ivec codes, unit x) { return _mm512_dpbf16_ps(p, as_bh(codes), as_bh(_mm512_set1_epi32(x))); }
+
+#define STEPS 4
+#include "lanes.h"
+#include "panels.h"
+
+enum { BLOCK = 128, AHEAD_BYTES = 12 << 10 };
+
+/* -8 .. 7 as bf16, twice: a permute reads five bits of a lane, and the code is the lower four. */
+INLINE __m512i bf16_codes(void) {
+    return _mm512_set_epi16(0x40e0, 0x40c0, 0x40a0, 0x4080, 0x4040, 0x4000, 0x3f80, 0, 0xbf80, 0xc000, 0xc040, 0xc080,
+                            0xc0a0, 0xc0c0, 0xc0e0, 0xc100, 0x40e0, 0x40c0, 0x40a0, 0x4080, 0x4040, 0x4000, 0x3f80, 0,
+                            0xbf80, 0xc000, 0xc040, 0xc080, 0xc0a0, 0xc0c0, 0xc0e0, 0xc100);
+}
 
 INLINE __m512i load_words(const uint8_t *from, int64_t count) {
     if (count >= LANES) return _mm512_loadu_si512(from);
@@ -69,18 +75,16 @@ INLINE void load_block(const mq_linear *a, const char *row, int64_t at, __m512i 
     }
 }
 
-/* Rows [first, first + rows) of x: xs[row][block][4], rows pitch_of(a) apart, and sums[row][block] of each word's eight
- * columns unless NULL.
- */
-static void shuffle_x(const mq_linear *a, int64_t first, int64_t rows, __m512i *xs, __m512 *sums) {
+/* x to xs[row][block][4], rows pitch_of(a) apart, and sums[row][block] of each word's eight columns unless NULL. */
+static void shuffle_x(const mq_linear *a, __m512i *xs, __m512 *sums) {
     uint16_t pick[2][32];
     for (int i = 0; i < 16; i++)
         for (int j = 0; j < 2; j++) pick[j][i] = 4 * i + 2 * j, pick[j][i + 16] = 4 * i + 2 * j + 1;
     const __m512i even = _mm512_loadu_si512(pick[0]), odd = _mm512_loadu_si512(pick[1]);
     const bh ones = as_bh(_mm512_set1_epi16(0x3f80));
     int64_t blocks = blocks_of(a);
-    for (int64_t m = 0; m < rows; m++) {
-        const char *row = (const char *)a->x + (first + m) * a->x_stride * size_of(a->x_type);
+    for (int64_t m = 0; m < a->rows; m++) {
+        const char *row = (const char *)a->x + m * a->x_stride * size_of(a->x_type);
         for (int64_t b = 0; b < blocks; b++) {
             __m512i v[4], *to = xs + m * pitch_of(a) + b * 4;
             load_block(a, row, b * BLOCK, v);
@@ -122,10 +126,7 @@ INLINE void few_block(const few_rows *f, const place *p, const __m512i *x, const
                       const uint8_t *ahead, const int64_t some, __m512 total[6][4], const int rows, const int height,
                       const int kind, const int shifted) {
     const int64_t blocks = blocks_of(f->a), row_bytes = words_of(f->a) * 4, pitch = f->q->pitch;
-    const __m512i codes = _mm512_set_epi16( /* -8 .. 7 as bf16, twice */
-        0x40e0, 0x40c0, 0x40a0, 0x4080, 0x4040, 0x4000, 0x3f80, 0, 0xbf80, 0xc000, 0xc040, 0xc080, 0xc0a0, 0xc0c0,
-        0xc0e0, 0xc100, 0x40e0, 0x40c0, 0x40a0, 0x4080, 0x4040, 0x4000, 0x3f80, 0, 0xbf80, 0xc000, 0xc040, 0xc080,
-        0xc0a0, 0xc0c0, 0xc0e0, 0xc100);
+    const __m512i codes = bf16_codes();
     __m512 part[6][4];
     __m512i w[4];
     UNROLL for (int h = 0; h < height; h++) {
@@ -235,151 +236,63 @@ static int multiply_few(const mq_linear *a, const lanes *l, const __m512i *xs, c
 
 /* ---- many rows of x ---- */
 
-/* Blocks [first, last) of a weight row, scaled, as bf16: to[block][4], TALL vectors apart. Fetches from `ahead`. */
-INLINE void scale_row(const mq_linear *a, const lanes *l, int64_t n, int64_t first, int64_t last, const float *scale,
-                      const float *zero, const uint8_t *ahead, __m512i *to, const int kind) {
-    const int64_t words = words_of(a);
-    const uint8_t *row = a->packed + n * words * 4;
-    const __m512 codes = _mm512_set_ps(7, 6, 5, 4, 3, 2, 1, 0, -1, -2, -3, -4, -5, -6, -7, -8);
-    __m512i table = _mm512_setzero_si512();
-    uint16_t order[32];
-    for (int i = 0; i < 16; i++) order[2 * i] = i, order[2 * i + 1] = i + 16;
-    const __m512i weave = _mm512_loadu_si512(order);
-    place p = place_of(l, first);
-    for (int64_t b = first; b < last; b++, advance(l, &p), ahead += 64, to += 4 * TALL) {
-        __m512i w = load_words(row + b * 64, words - b * LANES);
-        _mm_prefetch((const char *)ahead, _MM_HINT_T1);
-        if (kind == ONE) { /* sixteen values are all there are, until the group ends */
-            if (b == first || p.left == l->span) {
-                __m512 v = zero ? _mm512_sub_ps(codes, _mm512_set1_ps(zero[p.group])) : codes;
-                v = _mm512_mul_ps(v, _mm512_set1_ps(scale[p.group]));
-                table = (__m512i)_mm512_cvtne2ps_pbh(v, v);
-            }
-            UNROLL for (int j = 0; j < 4; j++)
-                to[j * TALL] = _mm512_permutexvar_epi16(_mm512_srli_epi16(w, 4 * j), table);
-            continue;
-        }
-        __m512 s = of_lanes(l, kind, scale, &p), z = zero ? of_lanes(l, kind, zero, &p) : _mm512_setzero_ps();
-        UNROLL for (int j = 0; j < 4; j++) {
-            __m512 lo = _mm512_sub_ps(_mm512_permutexvar_ps(_mm512_srli_epi32(w, 4 * j), codes), z);
-            __m512 hi = _mm512_sub_ps(_mm512_permutexvar_ps(_mm512_srli_epi32(w, 4 * j + 16), codes), z);
-            __m512i both = (__m512i)_mm512_cvtne2ps_pbh(_mm512_mul_ps(hi, s), _mm512_mul_ps(lo, s));
-            to[j * TALL] = _mm512_permutexvar_epi16(weave, both);
-        }
+/* Codes are exact in bf16, with and without their zero point, so that scales meet sums in fp32. */
+INLINE void spread(ivec word, const float *zero, ivec *to) {
+    if (!zero) {
+        UNROLL for (int j = 0; j < STEPS; j++)
+            to[2 * j] = _mm512_permutexvar_epi16(_mm512_srli_epi16(word, 4 * j), bf16_codes());
+        return;
+    }
+    const __m512i less = _mm512_set_epi16( /* -15 .. 15 */
+        0, 0x4170, 0x4160, 0x4150, 0x4140, 0x4130, 0x4120, 0x4110, 0x4100, 0x40e0, 0x40c0, 0x40a0, 0x4080, 0x4040,
+        0x4000, 0x3f80, 0, 0xbf80, 0xc000, 0xc040, 0xc080, 0xc0a0, 0xc0c0, 0xc0e0, 0xc100, 0xc110, 0xc120, 0xc130,
+        0xc140, 0xc150, 0xc160, 0xc170);
+    const __m512i low = _mm512_sub_epi32(_mm512_set1_epi32(7), _mm512_cvtps_epi32(_mm512_loadu_ps(zero)));
+    const __m512i both = _mm512_or_si512(low, _mm512_slli_epi32(low, 16));
+    UNROLL for (int j = 0; j < STEPS; j++) {
+        const __m512i code = _mm512_and_si512(_mm512_srli_epi16(word, 4 * j), _mm512_set1_epi16(15));
+        to[2 * j] = _mm512_permutexvar_epi16(_mm512_add_epi16(code, both), less);
     }
 }
 
-/* sums[row][8] += `rows` rows of x times the TALL rows of a panel. */
-INLINE void tile(const __m512i *xs, int64_t pitch, const __m512i *panel, int64_t vectors, float *sums, const int rows) {
-    __m512 total[WIDE][TALL];
-    UNROLL for (int i = 0; i < rows; i++) UNROLL for (int h = 0; h < TALL; h++) total[i][h] = _mm512_setzero_ps();
-    for (int64_t v = 0; v < vectors; v++, panel += TALL) {
-        bh x[WIDE];
-        UNROLL for (int i = 0; i < rows; i++) x[i] = as_bh(xs[i * pitch + v]);
-        UNROLL for (int h = 0; h < TALL; h++) {
-            bh w = as_bh(panel[h]);
-            UNROLL for (int i = 0; i < rows; i++) total[i][h] = _mm512_dpbf16_ps(total[i][h], x[i], w);
+INLINE vec whole_part(part p, const job *j, int64_t at, const float *zero) {
+    (void)j, (void)at, (void)zero;
+    return p;
+}
+
+static void row_of_x(const job *j, int64_t m, const char *row) {
+    const int64_t words = words_of(j->a), whole = j->a->columns / 8, bf16 = j->a->x_type == MQ_BF16;
+    const __m128i order = _mm_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15);
+    for (int64_t first = 0; first < words; first += PANEL) {
+        unit *to = x_at(j, m / j->wide, m % j->wide, first);
+        for (int64_t w = first; w < least(first + PANEL, words); w++, to += j->wide * STEPS) {
+            const __m128i v = bf16 && w < whole ? _mm_loadu_si128((const void *)(row + w * 16))
+                                                : (__m128i)_mm256_cvtneps_pbh(word_of_x(j->a, row, w));
+            _mm_store_si128((void *)to, _mm_shuffle_epi8(v, order));
         }
     }
-    UNROLL for (int i = 0; i < rows; i++, sums += 8) {
-        __m128 lo = sum_each(total[i][0], total[i][1], total[i][2], total[i][3]);
-        __m128 hi = sum_each(total[i][4], total[i][5], total[i][4], total[i][5]);
-        _mm_storeu_ps(sums, _mm_add_ps(_mm_loadu_ps(sums), lo));
-        _mm_storeu_ps(sums + 4, _mm_add_ps(_mm_loadu_ps(sums + 4), hi));
-    }
 }
 
-static void tiles(const __m512i *xs, int64_t pitch, const __m512i *panel, int64_t vectors, float *sums, int64_t rows) {
-    for (; rows >= WIDE; rows -= WIDE, xs += WIDE * pitch, sums += 8 * WIDE) tile(xs, pitch, panel, vectors, sums, WIDE);
-    if (rows == 3) tile(xs, pitch, panel, vectors, sums, 3);
-    if (rows == 2) tile(xs, pitch, panel, vectors, sums, 2);
-    if (rows == 1) tile(xs, pitch, panel, vectors, sums, 1);
-}
-
-/* Blocks [first, last) of the rows from n on, `height` of them, to a panel. */
-static void scale_panel(const mq_linear *a, const lanes *l, const qparams *q, int64_t at, int64_t n, int64_t height,
-                        int64_t first, int64_t last, const uint8_t *ahead, __m512i *panel) {
-    for (int64_t h = 0; h < height; h++, ahead += (last - first) * 64) {
-        const float *scale = q->scale + (at + h) * q->pitch, *zero = q->zero ? q->zero + (at + h) * q->pitch : NULL;
-        if (l->kind == ONE)
-            scale_row(a, l, n + h, first, last, scale, zero, ahead, panel + h, ONE);
-        else if (l->kind == SPREAD)
-            scale_row(a, l, n + h, first, last, scale, zero, ahead, panel + h, SPREAD);
-        else
-            scale_row(a, l, n + h, first, last, scale, zero, ahead, panel + h, LOOKUP);
-    }
-}
-
-/* out[first..][n .. n + count) from sums[row][8]. */
-static void store_results(const mq_linear *a, int64_t first, int64_t rows, int64_t n, int64_t count, const float *sums) {
-    const __mmask8 mask = (__mmask8)((1 << count) - 1);
-    float bias[8] = {0};
-    if (a->bias)
-        for (int64_t h = 0; h < count; h++) bias[h] = load1(a->bias, a->bias_type, n + h);
-    const __m256 added = _mm256_loadu_ps(bias);
-    for (int64_t m = 0; m < rows; m++) {
-        const __m256 v = _mm256_add_ps(_mm256_loadu_ps(sums + 8 * m), added);
-        char *to = (char *)a->out + ((first + m) * a->out_stride + n) * size_of(a->out_type);
-        if (a->out_type == MQ_F32)
-            _mm256_mask_storeu_ps(to, mask, v);
-        else if (a->out_type == MQ_BF16)
-            _mm_mask_storeu_epi16(to, mask, (__m128i)_mm256_cvtneps_pbh(v));
-        else
-            _mm_mask_storeu_epi16(to, mask, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
-    }
-}
-
-/* Rows [first, first + rows) of x, which lie at xs, by rows [from, to) of the weight. */
-static int multiply_many(const mq_linear *a, const lanes *l, const __m512i *xs, int64_t first, int64_t rows,
-                         int64_t from, int64_t to) {
-    const int64_t blocks = blocks_of(a), size = PANEL * 4 * TALL, stack = rows > CHUNK ? STACK : 1;
-    qparams q;
-    float *sums = malloc(stack * rows * 8 * sizeof *sums);
-    __m512i *panels = aligned_alloc(64, stack * size * sizeof *panels);
-    const int ready = new_qparams(a, stack * TALL, &q) && sums && panels;
-    if (ready) memset(panels, 0, stack * size * sizeof *panels);
-    for (int64_t n = from; ready && n < to; n += stack * TALL) {
-        const int64_t height = least(to - n, stack * TALL), some = ceil_div(height, TALL);
-        const uint8_t *ahead = a->packed + (n + stack * TALL) * words_of(a) * 4;
-        for (int64_t h = 0; h < height; h++) load_qparams(a, n + h, h, &q);
-        memset(sums, 0, some * rows * 8 * sizeof *sums);
-        for (int64_t b = 0; b < blocks; b += PANEL) {
-            const int64_t last = least(b + PANEL, blocks);
-            for (int64_t s = 0, h = 0; s < some; s++, h += TALL, ahead += TALL * (last - b) * 64)
-                scale_panel(a, l, &q, h, n + h, least(height - h, TALL), b, last, ahead, panels + s * size);
-            for (int64_t m = 0; m < rows; m += CHUNK)
-                for (int64_t s = 0; s < some; s++)
-                    tiles(xs + m * pitch_of(a) + b * 4, pitch_of(a), panels + s * size, (last - b) * 4,
-                          sums + (s * rows + m) * 8, least(rows - m, CHUNK));
-        }
-        for (int64_t s = 0, h = 0; s < some; s++, h += TALL)
-            store_results(a, first, rows, n + h, least(height - h, TALL), sums + s * rows * 8);
-    }
-    free(q.scale), free(sums), free(panels);
-    return ready;
-}
-
-int mq_int4_avx512_bf16(const mq_linear *a) {
-    const int64_t blocks = blocks_of(a), row_bytes = pitch_of(a) * 64;
-    const int is_few = a->rows <= a->few;
-    int64_t chunk = X_BYTES / row_bytes / CHUNK * CHUNK;
-    chunk = is_few ? a->rows : least(a->rows, chunk < CHUNK ? CHUNK : chunk);
+static int few_rows_of_x(const mq_linear *a) {
     lanes l;
     int ready = find_lanes(a, &l);
-    __m512i *xs = aligned_alloc(64, chunk * row_bytes);
-    __m512 *sums = is_few && a->zero ? aligned_alloc(64, chunk * blocks * sizeof *sums) : NULL;
-    ready = ready && xs && (sums || !(is_few && a->zero));
-    for (int64_t m = 0; ready && m < a->rows; m += chunk) {
-        int64_t rows = least(chunk, a->rows - m);
-        shuffle_x(a, m, rows, xs, sums);
+    __m512i *xs = aligned_alloc(64, a->rows * pitch_of(a) * 64);
+    __m512 *sums = a->zero ? aligned_alloc(64, a->rows * blocks_of(a) * sizeof *sums) : NULL;
+    ready = ready && xs && (sums || !a->zero);
+    if (ready) {
+        shuffle_x(a, xs, sums);
 #pragma omp parallel for num_threads(a->threads) schedule(static) if (a->threads > 1) reduction(&& : ready)
         for (int t = 0; t < a->threads; t++) {
             int64_t from, to;
             share_of(a, 12, t, &from, &to);
-            ready = ready && (is_few ? multiply_few(a, &l, xs, sums, from, to)
-                                     : multiply_many(a, &l, xs, m, rows, from, to));
+            ready = ready && multiply_few(a, &l, xs, sums, from, to);
         }
     }
     free(xs), free(sums), free(l.lookup);
     return ready ? 0 : -1;
+}
+
+int mq_int4_avx512_bf16(const mq_linear *a) {
+    if (a->rows == 0) return 0;
+    return a->rows <= a->few ? few_rows_of_x(a) : many_rows(a);
 }

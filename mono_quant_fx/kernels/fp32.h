@@ -2,7 +2,7 @@
  *
  *   LANES, vec, ivec       32-bit lanes, and their float and integer vectors
  *   V(name)                the intrinsic of that name: V(add_ps)
- *   load_ints, load_some   LANES integers; the first n of them and zeros
+ *   load_ints              LANES integers
  *   decode(words, i)       code i of each word, -8..7, as float
  *   load_codes(p)          LANES int8 as floats
  *   permute, gather, sum   values[index of each lane], from a vector or from memory; the sum of the lanes
@@ -10,9 +10,17 @@
  * A block is LANES words, 8 LANES columns; lane l belongs to word l, so that one vector of scales serves any group size
  * that is a multiple of 8. x becomes fp32 in that order once a call: vector i of a block holds columns 8 l + i.
  */
-#include "lanes.h"
+typedef float unit;
+typedef vec part;
 
-enum { WIDE = 4, CHUNK_BYTES = 1 << 19 };
+INLINE part nothing(void) { return V(setzero_ps)(); }
+INLINE part dot(part p, ivec codes, unit x) { return V(fmadd_ps)((vec)codes, V(set1_ps)(x), p); }
+
+#define STEPS 8
+#include "lanes.h"
+#include "panels.h"
+
+enum { FEW = 4 };
 
 INLINE vec of_lanes(const lanes *l, int kind, const float *values, const place *p) {
     if (kind == ONE) return V(set1_ps)(values[p->group]);
@@ -20,11 +28,11 @@ INLINE vec of_lanes(const lanes *l, int kind, const float *values, const place *
     return gather(load_ints(l->lookup + LANES * p->block), values);
 }
 
-/* Rows [first, first + rows) of x: xs[row][block][8][LANES], zeros behind the last column. */
-static void shuffle_x(const mq_linear *a, int64_t first, int64_t rows, float *xs) {
+/* x to xs[row][block][8][LANES], zeros behind the last column. */
+static void shuffle_x(const mq_linear *a, float *xs) {
     const int64_t whole = a->columns / 8, words = blocks_of(a) * LANES;
-    for (int64_t m = 0; m < rows; m++, xs += words * 8) {
-        const char *row = (const char *)a->x + (first + m) * a->x_stride * size_of(a->x_type);
+    for (int64_t m = 0; m < a->rows; m++, xs += words * 8) {
+        const char *row = (const char *)a->x + m * a->x_stride * size_of(a->x_type);
         for (int64_t w = 0; w < words; w++) {
             float v[8] = {0};
             if (w < whole)
@@ -41,7 +49,6 @@ typedef struct {
     const lanes *l;
     const float *xs;
     const qparams *q;
-    int64_t first; /* the row of x that xs begins with */
 } task;
 
 /* Rows m.. of xs by rows n.. of the weight. */
@@ -49,7 +56,7 @@ INLINE void multiply(const task *t, int64_t m, int64_t n, const int rows, const 
                      const int shifted) {
     const mq_linear *a = t->a;
     const int64_t blocks = blocks_of(a), words = words_of(a), pitch = t->q->pitch;
-    vec total[WIDE][2];
+    vec total[FEW][2];
     UNROLL for (int i = 0; i < rows; i++) UNROLL for (int h = 0; h < height; h++) total[i][h] = V(setzero_ps)();
     place p = place_of(t->l, 0);
     for (int64_t b = 0; b < blocks; b++, advance(t->l, &p)) {
@@ -77,7 +84,7 @@ INLINE void multiply(const task *t, int64_t m, int64_t n, const int rows, const 
         }
     }
     UNROLL for (int i = 0; i < rows; i++) UNROLL for (int h = 0; h < height; h++)
-        store_result(a, t->first + m + i, n + h, sum(total[i][h]));
+        store_result(a, m + i, n + h, sum(total[i][h]));
 }
 
 #define SIZE(ROWS, HEIGHT)                                                                                             \
@@ -93,18 +100,17 @@ INLINE void multiply(const task *t, int64_t m, int64_t n, const int rows, const 
     }
 SIZE(1, 2) SIZE(2, 2) SIZE(3, 2) SIZE(4, 2) SIZE(1, 1) SIZE(2, 1) SIZE(3, 1) SIZE(4, 1)
 
-static int multiply_share(const mq_linear *a, const lanes *l, const float *xs, int64_t first, int64_t rows,
-                          int64_t from, int64_t to) {
+static int multiply_few(const mq_linear *a, const lanes *l, const float *xs, int64_t from, int64_t to) {
     typedef void (*size)(const task *, int64_t, int64_t);
-    static const size sizes[2][WIDE] = {{multiply_1_1, multiply_2_1, multiply_3_1, multiply_4_1},
+    static const size sizes[2][FEW] = {{multiply_1_1, multiply_2_1, multiply_3_1, multiply_4_1},
                                         {multiply_1_2, multiply_2_2, multiply_3_2, multiply_4_2}};
     qparams q;
-    task t = {a, l, xs, &q, first};
+    task t = {a, l, xs, &q};
     if (!new_qparams(a, 2, &q)) return 0;
     for (int64_t n = from; n < to; n += 2) {
         const int height = to - n < 2 ? 1 : 2;
         for (int h = 0; h < height; h++) load_qparams(a, n + h, h, &q);
-        for (int64_t m = 0; m < rows; m += WIDE) sizes[height - 1][least(WIDE, rows - m) - 1](&t, m, n);
+        for (int64_t m = 0; m < a->rows; m += FEW) sizes[height - 1][least(FEW, a->rows - m) - 1](&t, m, n);
     }
     free(q.scale);
     return 1;
@@ -124,7 +130,7 @@ static void copy_x(const mq_linear *a, int64_t rows, float *xs, int64_t pitch) {
 INLINE void int8_rows(const mq_linear *a, const float *xs, int64_t pitch, int64_t m, int64_t n, const int rows) {
     const int8_t *row = (const int8_t *)a->packed + n * a->columns;
     const vec zero = V(set1_ps)(a->zero ? a->zero[n] : 0.0f);
-    vec total[WIDE];
+    vec total[FEW];
     UNROLL for (int i = 0; i < rows; i++) total[i] = V(setzero_ps)();
     for (int64_t k = 0; k < a->columns; k += LANES) {
         int8_t some[LANES] = {0};
@@ -155,22 +161,47 @@ static int int8_linear(const mq_linear *a) {
     return 0;
 }
 
-static int int4_linear(const mq_linear *a) {
-    const int64_t row_bytes = blocks_of(a) * 8 * LANES * 4, fitting = CHUNK_BYTES / row_bytes / WIDE * WIDE;
-    const int64_t chunk = least(a->rows, fitting < 4 * WIDE ? 4 * WIDE : fitting);
+/* ---- many rows of x ---- */
+
+INLINE void spread(ivec word, const float *zero, ivec *to) {
+    UNROLL for (int i = 0; i < STEPS; i++) {
+        const vec code = decode(word, i);
+        to[2 * i] = (ivec)(zero ? V(sub_ps)(code, V(loadu_ps)(zero)) : code);
+    }
+}
+
+INLINE vec whole_part(part p, const job *j, int64_t at, const float *zero) {
+    (void)j, (void)at, (void)zero;
+    return p;
+}
+
+static void row_of_x(const job *j, int64_t m, const char *row) {
+    const int64_t words = words_of(j->a);
+    for (int64_t first = 0; first < words; first += PANEL) {
+        unit *to = x_at(j, m / j->wide, m % j->wide, first);
+        for (int64_t w = first; w < least(first + PANEL, words); w++, to += j->wide * STEPS)
+            _mm256_store_ps(to, word_of_x(j->a, row, w));
+    }
+}
+
+static int few_rows(const mq_linear *a) {
     lanes l;
-    float *xs = aligned_alloc(64, chunk * row_bytes);
+    float *xs = aligned_alloc(64, a->rows * blocks_of(a) * 8 * LANES * 4);
     int ready = find_lanes(a, &l) && xs;
-    for (int64_t m = 0; ready && m < a->rows; m += chunk) {
-        int64_t rows = least(chunk, a->rows - m);
-        shuffle_x(a, m, rows, xs);
+    if (ready) {
+        shuffle_x(a, xs);
 #pragma omp parallel for num_threads(a->threads) schedule(static) if (a->threads > 1) reduction(&& : ready)
         for (int t = 0; t < a->threads; t++) {
             int64_t from, to;
             share_of(a, 4, t, &from, &to);
-            ready = ready && multiply_share(a, &l, xs, m, rows, from, to);
+            ready = ready && multiply_few(a, &l, xs, from, to);
         }
     }
     free(xs), free(l.lookup);
     return ready ? 0 : -1;
+}
+
+static int int4_linear(const mq_linear *a) {
+    if (a->rows == 0) return 0;
+    return a->rows <= a->few ? few_rows(a) : many_rows(a);
 }

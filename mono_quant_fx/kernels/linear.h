@@ -1,6 +1,9 @@
 /* What the ways of int4_linear share: the scales of a few weight rows as floats, and a thread's share. The including file
  * sets the target.
  */
+#ifndef MQ_LINEAR_H
+#define MQ_LINEAR_H
+
 #include "elements.h"
 
 INLINE void store_result(const mq_linear *a, int64_t m, int64_t n, float sum) {
@@ -39,3 +42,5 @@ INLINE void share_of(const mq_linear *a, int64_t unit, int64_t t, int64_t *from,
     *from = units * t / a->threads * unit;
     *to = least(units * (t + 1) / a->threads * unit, a->outputs);
 }
+
+#endif

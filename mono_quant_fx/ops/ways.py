@@ -1,7 +1,7 @@
 """The ways of int4_linear and int8_linear on a CPU, and which one a call takes.
 
-few      the kernel multiplies codes, and scales sums                     (avx512_bf16; elsewhere as the next one)
-many     the kernel scales codes in registers, or in a panel that stays in L1
+few      the kernel unpacks codes in registers, and multiplies along the rows of the weight      (INT4 only)
+many     the kernel unpacks codes into a panel that stays in L1 (INT8: in registers)
 matmul   a tile of weight rows is dequantized into a scratch that stays in L2, and torch multiplies
 
 What is fastest depends on the machine, so the first call of a class of shapes runs each way that may be, a few times,
@@ -23,7 +23,7 @@ from mono_quant_fx.numerics import QuantizedWeight
 
 #: Rows of x up to which the first way is always taken, and from which on it never is.
 ALWAYS_FEW, NEVER_FEW = 4, 33
-#: Rows of x from which torch's matmul is a candidate, and from which on nothing that works in fp32 registers is.
+#: Rows of x from which torch's matmul is a candidate, and from which on INT8 in registers is none.
 MATMUL, NEVER_REGISTERS = 9, 513
 #: A later way must be this much faster than an earlier one, so that chance decides little.
 MARGIN = 0.95
@@ -147,13 +147,13 @@ def _candidates(call: Call, rows: int) -> list[str]:
     """The ways that may be fastest, at first the one that is taken when nothing is timed."""
     if call.kernel == INT8:
         return ["many"]
-    if call.kernel == "avx512_bf16":
-        few = ["few"] if rows < NEVER_FEW else []
-        matmul = ["matmul"] if rows >= MATMUL and _multiplies_halves(call) else []
-        return ["many", *few, *matmul] if rows > 2 * ALWAYS_FEW else [*few, "many", *matmul]
-    if rows < MATMUL:
-        return ["many"]
-    return ["matmul", "many"] if rows < NEVER_REGISTERS else ["matmul"]
+    if call.bits == 8:
+        if rows < MATMUL:
+            return ["many"]
+        return ["matmul", "many"] if rows < NEVER_REGISTERS else ["matmul"]
+    few = ["few"] if rows < NEVER_FEW else []
+    matmul = ["matmul"] if rows >= MATMUL and (call.kernel != "avx512_bf16" or _multiplies_halves(call)) else []
+    return ["many", *few, *matmul] if rows > 2 * ALWAYS_FEW else [*few, "many", *matmul]
 
 
 def _seconds(way: str, call: Call) -> float:
