@@ -14,7 +14,7 @@ import warnings
 from dataclasses import dataclass
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -33,8 +33,8 @@ class PerformanceWarning(UserWarning):
     """A slower path than the fastest possible one is taken; the message says why, once."""
 
 
-#: mq_linear and mq_dequantize of kernels/api.h: pointers, sizes, and small numbers.
-_LINEAR = struct.Struct("6P6q6i")
+#: The two halves of mq_linear, and mq_dequantize, of kernels/api.h: pointers, sizes, and small numbers.
+_WEIGHT, _CALL = struct.Struct("4P3q2i"), struct.Struct("2P3q4i")
 _DEQUANTIZE = struct.Struct("4P4q3i")
 #: Products below which waking a second thread takes longer than it saves.
 ALONE = 1 << 17
@@ -136,40 +136,56 @@ def takes(stored: tuple[Tensor, Tensor, Tensor | None], bias: Tensor | None = No
     )
 
 
-def linear(
-    kernel: str,
-    x: Tensor,
-    stored: tuple[Tensor, Tensor, Tensor | None],
-    bias: Tensor | None,
-    group_size: int,
-    out: Tensor,
-    few: bool = False,
-) -> None:
-    """out [..., N] = x [..., K] @ dequantized.T + bias; see kernels/api.h.
+class Linear:
+    """out [..., N] = x [..., K] @ dequantized.T + bias, by a kernel; see kernels/api.h. It holds no reference.
 
     Args:
         kernel: "int4_avx2" and so on.
-        x: float32, bfloat16 or float16; contiguous, or a matrix whose rows are each in one piece.
         stored: weight_packed [N, ceil(K/8)] (INT8: [N, K]), weight_scale, weight_zero_point: checked, and such that
             takes() holds.
-        out: contiguous, not empty, of any of the three types.
-        few: whether INT4 codes are unpacked in registers, not into panels: faster for a few rows of x.
-
-    Raises:
-        MemoryError: the scratch (a copy of x, or of 2^19 bytes of it) does not fit.
+        columns: K.
     """
-    packed, scale, zero_point = stored
-    columns, outputs = x.shape[-1], out.shape[-1]
-    rows = out.numel() // outputs
-    arguments = _LINEAR.pack(
-        x.data_ptr(), packed.data_ptr(), scale.data_ptr(),
-        0 if zero_point is None else zero_point.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
-        out.data_ptr(), rows, columns, outputs, group_size, x.stride(-2) if x.dim() > 1 else columns, outputs,
-        TYPES[x.dtype], TYPES[scale.dtype], 0 if bias is None else TYPES[bias.dtype], TYPES[out.dtype],
-        1 if rows * columns * outputs < ALONE else torch.get_num_threads(), rows if few else 0,
-    )  # fmt: skip
-    _check(_entry(f"mq_{kernel}")(arguments))
+
+    __slots__ = ("_columns", "_entry", "_outputs", "_weight")
+
+    def __init__(
+        self,
+        kernel: str,
+        stored: tuple[Tensor, Tensor, Tensor | None],
+        bias: Tensor | None,
+        group_size: int,
+        columns: int,
+    ):
+        packed, scale, zero_point = stored
+        self._entry = _entry(f"mq_{kernel}")
+        self._columns, self._outputs = columns, packed.shape[0]
+        self._weight = _WEIGHT.pack(
+            packed.data_ptr(), scale.data_ptr(),
+            0 if zero_point is None else zero_point.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            columns, self._outputs, group_size, TYPES[scale.dtype], 0 if bias is None else TYPES[bias.dtype],
+        )  # fmt: skip
+
+    def __call__(self, x: Tensor, out: Tensor, few: bool = False) -> None:
+        """Fills out.
+
+        Args:
+            x: float32, bfloat16 or float16; contiguous, or a matrix whose rows are each in one piece.
+            out: contiguous, not empty, of any of the three types.
+            few: whether INT4 codes are unpacked in registers, not into panels: faster for a few rows of x.
+
+        Raises:
+            MemoryError: the scratch (4 MiB of x in another order, a panel) does not fit.
+        """
+        columns, outputs = self._columns, self._outputs
+        rows = out.numel() // outputs
+        call = _CALL.pack(
+            x.data_ptr(), out.data_ptr(), rows, columns if x.is_contiguous() else x.stride(-2), outputs,
+            TYPES[x.dtype], TYPES[out.dtype],
+            1 if rows * columns * outputs < ALONE else torch.get_num_threads(), rows if few else 0,
+        )  # fmt: skip
+        if self._entry(self._weight + call):
+            _no_memory()
 
 
 def dequantize(
@@ -189,7 +205,8 @@ def dequantize(
         zero, out.data_ptr(), out.shape[1], rows, group_size, out.stride(0),
         TYPES[scale.dtype], TYPES[out.dtype], torch.get_num_threads(),
     )  # fmt: skip
-    _check(_entry(f"mq_dequantize_int{bits}")(arguments))
+    if _entry(f"mq_dequantize_int{bits}")(arguments):
+        _no_memory()
 
 
 @functools.cache
@@ -201,6 +218,5 @@ def _entry(name: str) -> Any:
     return entry
 
 
-def _check(status: int) -> None:
-    if status != 0:
-        raise MemoryError("a quantized linear could not get memory for its scratch")
+def _no_memory() -> NoReturn:
+    raise MemoryError("a quantized linear could not get memory for its scratch")

@@ -8,14 +8,18 @@ enum { MQ_F32 = 0, MQ_BF16 = 1, MQ_F16 = 2 };
 
 /* out[m][n] = sum_k x[m][k] (code[n][k] - 8 - zero[n][g]) scale[n][g] + bias[n], with g = k / group */
 typedef struct {
-    const void *x;         /* [rows][columns], x_stride elements from row to row */
+    /* what a weight has */
     const uint8_t *packed; /* [outputs][4 ceil(columns / 8)] bytes, low nibble = even column */
     const void *scale;     /* [outputs][groups] */
     const int8_t *zero;    /* [outputs][groups], or NULL */
     const void *bias;      /* [outputs], or NULL */
-    void *out;             /* [rows][outputs], out_stride elements from row to row */
-    int64_t rows, columns, outputs, group, x_stride, out_stride;
-    int32_t x_type, scale_type, bias_type, out_type, threads;
+    int64_t columns, outputs, group;
+    int32_t scale_type, bias_type;
+    /* what a call has */
+    const void *x; /* [rows][columns], x_stride elements from row to row */
+    void *out;     /* [rows][outputs], out_stride elements from row to row */
+    int64_t rows, x_stride, out_stride;
+    int32_t x_type, out_type, threads;
     int32_t few; /* rows of x up to which a kernel that has two ways takes the one for few */
 } mq_linear;
 

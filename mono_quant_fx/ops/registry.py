@@ -48,11 +48,15 @@ def _without_detour(with_gradient: Callable[..., Any], cpu: Callable[..., Any]) 
     going back through the dispatcher takes 4 us, as long as the whole product of a small layer.
     """
 
+    known: dict[int, bool] = {}  # a keyset, as a number -> whether the CPU is next
+
     def kernel(keyset: torch._C.DispatchKeySet, *arguments: Any) -> Any:
-        wanted = torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)
-        if wanted or (keyset & torch._C._after_autograd_keyset).highestPriorityTypeId() != torch._C.DispatchKey.CPU:
-            return with_gradient(keyset, *arguments)
-        return cpu(*arguments)
+        keys = keyset.raw_repr()
+        if keys not in known:
+            known[keys] = (keyset & torch._C._after_autograd_keyset).highestPriorityTypeId() == torch._C.DispatchKey.CPU
+        if known[keys] and not (torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)):
+            return cpu(*arguments)
+        return with_gradient(keyset, *arguments)
 
     return kernel
 

@@ -12,7 +12,9 @@ and the choice follows from the number of rows alone.
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -39,6 +41,8 @@ _CHOSEN: dict[tuple[Any, ...], str] = {}
 
 #: What the operands look like -> the kernel that takes them, "" where torch does.
 _KERNELS: dict[tuple[Any, ...], str] = {}
+#: id of weight_packed -> what was found out about it.
+_PLANS: dict[int, _Plan] = {}
 
 
 class Call(NamedTuple):
@@ -47,11 +51,13 @@ class Call(NamedTuple):
     Attributes:
         kernel: the path that multiplies, of native.PATHS.
         bits: of the weight's codes, 4 or 8.
+        product: the kernel, with the weight.
         x: contiguous, or a matrix whose rows are each in one piece. out: contiguous.
     """
 
     kernel: str
     bits: int
+    product: native.Linear
     x: Tensor
     weight: QuantizedWeight
     bias: Tensor | None
@@ -62,6 +68,50 @@ class Call(NamedTuple):
     def rows(self) -> int:
         """M, the product of x's leading sizes."""
         return self.out.numel() // self.out.shape[-1]
+
+
+@dataclass(slots=True, eq=False)
+class _Plan:
+    """What the last call with a weight found out, for the next one, which looks the same in nearly every program.
+
+    Finding it by what the operands look like takes 4 us, as long as the product of a small layer. Attributes are the
+    operands, which must be the same objects in the same memory; `x` is its dtype and K. `product` is None where torch
+    multiplies.
+    """
+
+    path: str
+    packed: weakref.ref[Tensor]
+    scale: Tensor
+    zero_point: Tensor | None
+    bias: Tensor | None
+    memory: tuple[int, ...]
+    x: tuple[torch.dtype, int]
+    group_size: int
+    compute: str
+    kernel: str
+    product: native.Linear | None
+
+    def fits(self, x: Tensor, weight: QuantizedWeight, bias: Tensor | None, group_size: int, compute: str) -> bool:
+        packed, scale, zero_point = weight
+        return (
+            self.packed() is packed
+            and self.scale is scale
+            and self.zero_point is zero_point
+            and self.bias is bias
+            and self.x == (x.dtype, x.shape[-1])
+            and self.group_size == group_size
+            and self.compute == compute
+            and self.memory == _memory(packed, scale, zero_point, bias)
+            and self.path == native.path()
+        )
+
+
+def _memory(packed: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None) -> tuple[int, ...]:
+    """Where they lie and how large they are: `tensor.data = ...` changes it."""
+    found: tuple[int, ...] = (packed.data_ptr(), packed.nbytes, scale.data_ptr(), scale.nbytes)
+    if zero_point is not None:
+        found += (zero_point.data_ptr(), zero_point.nbytes)
+    return found if bias is None else (*found, bias.data_ptr(), bias.nbytes)
 
 
 def linear(
@@ -75,12 +125,45 @@ def linear(
 ) -> Tensor | None:
     """x [..., K] -> [..., N] in x's dtype; None where the kernels do not take it.
 
-    `check` raises unless the operands fit. What it reads, and what decides the kernel, is in the key, so it runs once.
+    `check` raises unless the operands fit. It runs once for operands that look the same.
     """
+    packed = weight.weight_packed
+    plan = _PLANS.get(id(packed))
+    if plan is None or not plan.fits(x, weight, bias, group_size, compute):
+        plan = _new_plan(bits, x, weight, bias, group_size, compute, check)
+    product = plan.product
+    if product is None:
+        return None
+    outputs = packed.shape[0]
+    out = x.new_empty(*x.shape[:-1], outputs)
+    if out.numel():
+        if compute == "bfloat16":
+            x = x.bfloat16()
+        if compute == "int8" and plan.kernel != INT8:
+            x = numerics.round_activations(x, group_size)
+        if not x.is_contiguous():
+            x = _matrix(x)
+        if out.numel() <= ALWAYS_FEW * outputs:
+            product(x, out, few=True)
+        else:
+            call = Call(plan.kernel, bits, product, x, weight, bias, group_size, out)
+            run(choose(call), call)
+    return out
+
+
+def _new_plan(
+    bits: int,
+    x: Tensor,
+    weight: QuantizedWeight,
+    bias: Tensor | None,
+    group_size: int,
+    compute: str,
+    check: Callable[[], None],
+) -> _Plan:
     packed, scale, zero_point = weight
-    shape = x.shape
+    path = native.path()
     key = (
-        native.path(), bits, x.dtype, shape[-1:], packed.shape, packed.dtype, packed.is_contiguous(),
+        path, bits, x.dtype, x.shape[-1:], packed.shape, packed.dtype, packed.is_contiguous(),
         scale.shape, scale.dtype, scale.is_contiguous(), zero_point is None or _look(zero_point),
         bias is None or _look(bias), group_size, compute,
     )  # fmt: skip
@@ -88,17 +171,15 @@ def linear(
     if kernel is None:
         check()
         kernel = _KERNELS[key] = _kernel(bits, x, weight, bias, compute)
-    if not kernel:
-        return None
-    out = x.new_empty((*shape[:-1], packed.shape[0]))
-    if out.numel():
-        if compute == "bfloat16":
-            x = x.bfloat16()
-        if compute == "int8" and kernel != INT8:
-            x = numerics.round_activations(x, group_size)
-        call = Call(kernel, bits, x if x.is_contiguous() else _matrix(x), weight, bias, group_size, out)
-        run(choose(call), call)
-    return out
+    at = id(packed)
+    gone = weakref.ref(packed, lambda _: _PLANS.pop(at, None))
+    memory = _memory(packed, scale, zero_point, bias)
+    columns = x.shape[-1]
+    product = native.Linear(f"int{bits}_{kernel}", weight, bias, group_size, columns) if kernel else None
+    plan = _PLANS[at] = _Plan(
+        path, gone, scale, zero_point, bias, memory, (x.dtype, columns), group_size, compute, kernel, product
+    )
+    return plan
 
 
 def _look(t: Tensor) -> tuple[Any, ...]:
@@ -126,8 +207,6 @@ def _matrix(x: Tensor) -> Tensor:
 def choose(call: Call) -> str:
     """The way: by the number of rows where that settles it, else measured once for the class of shapes."""
     rows = call.rows
-    if rows <= ALWAYS_FEW:
-        return "few"
     candidates = _candidates(call, rows)
     if len(candidates) == 1 or torch.are_deterministic_algorithms_enabled():
         return candidates[0]
@@ -167,11 +246,10 @@ def _seconds(way: str, call: Call) -> float:
 
 def run(way: str, call: Call) -> None:
     """Fills call.out in that way."""
-    kernel, bits, x, weight, bias, group_size, out = call
     if way == "matmul":
         _matmul(call)
     else:
-        native.linear(f"int{bits}_{kernel}", x, weight, bias, group_size, out, way == "few")
+        call.product(call.x, call.out, way == "few")
 
 
 def _multiplies_halves(call: Call) -> bool:

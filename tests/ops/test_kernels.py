@@ -75,7 +75,9 @@ def assert_close(actual, x, stored, bias, group, compute):
 def check_product(bits, path, way, case):
     x, stored, bias = operands(**case, bits=bits)
     out = x.new_full((len(x), len(stored.weight_packed)), float("nan"))
-    ways.run(way, ways.Call(path, bits, x, stored, bias, case["group"] if bits == 4 else -1, out))
+    group = case["group"] if bits == 4 else -1
+    product = native.Linear(f"int{bits}_{path}", stored, bias, group, x.shape[-1])
+    ways.run(way, ways.Call(path, bits, product, x, stored, bias, group, out))
     if path == ways.INT8:
         x = numerics.round_activations(x, case["group"])
     exact = case["dtype"] == torch.bfloat16
@@ -263,3 +265,33 @@ def test_without_the_library_torch_runs_and_says_so_once(use, monkeypatch):
             mq.kernels()
     for cache in (native._choose, native.say_slow):
         cache.cache_clear()
+
+
+def test_a_weight_that_changes_is_seen(use):
+    """What a call remembers of a weight holds while its tensors are the same objects in the same memory."""
+    if not COMPILED:
+        pytest.skip("no compiled kernels")
+    use(COMPILED[-1])
+    x = torch.randn(2, 64)
+    first, second = (mq.quantize_weight_int4(torch.randn(32, 64), 32) for _ in range(2))
+    held = numerics.QuantizedWeight(*(None if t is None else t.clone() for t in first))
+
+    def product(of=held):
+        return ops.int4_linear(x, *of, None, 32)
+
+    expected = ops.int4_linear(x, *second, None, 32)
+    assert torch.equal(product(), ops.int4_linear(x, *first, None, 32))
+    held.weight_packed.copy_(second.weight_packed)  # in place
+    held.weight_scale.data = second.weight_scale.clone()  # in other memory
+    assert torch.equal(product(), expected)
+    held.weight_scale.data = second.weight_scale.double()
+    torch.testing.assert_close(product(), expected, rtol=0, atol=0.05)
+    held.weight_scale.data = second.weight_scale[:16]
+    with pytest.raises(RuntimeError, match="weight_scale"):
+        product()
+    with pytest.raises(RuntimeError, match="group_size"):
+        ops.int4_linear(x, *second, None, 64)
+    assert torch.equal(ops.int4_linear(x, *second, torch.ones(32), 32), expected + 1)
+    known = len(ways._PLANS)
+    del held, first, second, product
+    assert len(ways._PLANS) < known  # nothing is kept of a weight that is gone
