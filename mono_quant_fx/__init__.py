@@ -13,14 +13,17 @@ from mono_quant_fx.errors import (
     CalibrationError,
     CaptureError,
     ConfigError,
+    FileFormatError,
     MonoQuantError,
     NothingQuantizedError,
     PassError,
     PatternError,
+    PlanError,
     PostconditionError,
     PreconditionError,
     WeightError,
 )
+from mono_quant_fx.loading import load
 from mono_quant_fx.metrics import max_abs_error, relative_error, sqnr_db
 from mono_quant_fx.modules import QuantizedLinearInt4
 from mono_quant_fx.native import Kernels, PerformanceWarning, kernels
@@ -36,7 +39,7 @@ from mono_quant_fx.observers import (
 )
 from mono_quant_fx.pass_base import Pass, PassResult, Pipeline
 from mono_quant_fx.printing import diff_graphs, format_graph
-from mono_quant_fx.result import QuantizationInfo, QuantizationResult
+from mono_quant_fx.result import QuantizationInfo, QuantizationResult, save
 from mono_quant_fx.select_observer import ExperimentalWarning, select_observer
 from mono_quant_fx.table import AccuracyRow, AccuracyTable
 from mono_quant_fx.validation import (
@@ -45,8 +48,7 @@ from mono_quant_fx.validation import (
     check_accuracy_warnings,
     validate_quantization,
 )
-
-__version__ = "0.1.0"
+from mono_quant_fx.version import __version__ as __version__
 
 __all__ = [
     "DEFAULT_INT4_SKIP",
@@ -61,6 +63,7 @@ __all__ = [
     "CompiledGraph",
     "ConfigError",
     "ExperimentalWarning",
+    "FileFormatError",
     "HistogramObserver",
     "InputEnergyObserver",
     "Kernels",
@@ -76,6 +79,7 @@ __all__ = [
     "PercentileObserver",
     "PerformanceWarning",
     "Pipeline",
+    "PlanError",
     "PostconditionError",
     "PreconditionError",
     "QuantConfig",
@@ -95,12 +99,14 @@ __all__ = [
     "diff_graphs",
     "format_graph",
     "kernels",
+    "load",
     "max_abs_error",
     "measure_accuracy",
     "passes",
     "quantize",
     "quantize_weight_int4",
     "relative_error",
+    "save",
     "select_observer",
     "sqnr_db",
     "validate_quantization",

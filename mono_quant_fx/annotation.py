@@ -15,6 +15,7 @@ from torch import fx
 from mono_quant_fx.config import QuantScheme
 from mono_quant_fx.graph import get_attribute
 from mono_quant_fx.numerics import QuantizedWeight
+from mono_quant_fx.weight_ops import Weight
 
 KEY = "mono_quant_fx"
 
@@ -27,6 +28,14 @@ class WeightUser:
     op: str
     module: str
     input: str | None = None
+
+
+def users_of(weight: Weight) -> tuple[WeightUser, ...]:
+    """Its consumers, as an annotation names them."""
+    return tuple(
+        WeightUser(use.node.name, use.op, weight.module_of(use), use.input.name if use.input else None)
+        for use in weight.uses
+    )
 
 
 @dataclass(frozen=True)

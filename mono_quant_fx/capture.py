@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from torch.fx.graph import _PyTreeCodeGen
 
 from mono_quant_fx import graph
+from mono_quant_fx.capture_record import CaptureRecord, plain_batch, set_record, tied_names
 from mono_quant_fx.capture_errors import explain_failure, explain_own_failure
 from mono_quant_fx.data import Batch, leaves, to_batch
 from mono_quant_fx.errors import CaptureError, ConfigError
@@ -71,7 +72,7 @@ def capture(
         model = model.module()
     if not isinstance(model, nn.Module):
         raise CaptureError(f"a torch.nn.Module is needed, not {type(model).__name__}; wrap a function in a Module")
-    _check_eval(model)
+    check_eval(model)
     if isinstance(model, fx.GraphModule):
         gm = open_modules(model)
         if is_program:
@@ -127,9 +128,11 @@ class _Attempts:
             return None
 
     def _symbolic(self) -> Captured:
-        gm = trace(self.model, None if self.example is None else self.example.names(self.model))
+        names = None if self.example is None else self.example.names(self.model)
+        gm = trace(self.model, names)
         self._check_faithful(gm)
-        return gm, []
+        record = CaptureRecord("symbolic", None if names is None else tuple(names), tied=tied_names(self.model))
+        return set_record(gm, record), []
 
     def _export(self) -> Captured:
         """torch.export with every size dynamic; one sample is doubled first, so that the batch stays dynamic."""
@@ -144,7 +147,9 @@ class _Attempts:
     def _export_on(self, batch: Batch) -> Captured:
         gm, notes = export(self.model, batch, self.dynamic_shapes)
         self._check_faithful(gm)
-        return gm, notes
+        has_own_sizes = self.dynamic_shapes is not None
+        record = CaptureRecord("export", None, plain_batch(batch), has_own_sizes, tied_names(self.model))
+        return set_record(gm, record), notes
 
     def _expect(self) -> None:
         """Notes what the model gives on the example, where it can be run."""
@@ -211,7 +216,7 @@ def _reachable(gm: fx.GraphModule) -> int:
     return sum(w.tensor.numel() for w in find_weights(gm) if any(use.layout for use in w.uses))
 
 
-def _check_eval(model: nn.Module) -> None:
+def check_eval(model: nn.Module) -> None:
     modules = dict(model.named_modules())
     if isinstance(model, fx.GraphModule):  # in an exported graph the mode is an argument, and the flags mean nothing
         exported = isinstance(model.graph._codegen, _PyTreeCodeGen)

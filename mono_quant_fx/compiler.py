@@ -113,7 +113,7 @@ def quantize(
     out = default_pipeline(config, batches, clock.lap)(gm).graph_module
     table = clock.time("accuracy", lambda: _measure(gm, out, batches, config))
     info = _info(gm, out, table, config, samples, clock.seconds)
-    result = QuantizationResult(out, table, info)
+    result = QuantizationResult(out, table, info, config)
     info.warnings += said
     info.warnings += check_accuracy_warnings(result, accuracy_warning="ignore", **_thresholds(config))
     check_accuracy_warnings(result, accuracy_warning=config.accuracy_warning, **_thresholds(config))

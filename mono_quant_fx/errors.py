@@ -49,3 +49,11 @@ class AccuracyError(MonoQuantError):
     def __init__(self, message: str, result: object = None):
         super().__init__(message)
         self.result = result
+
+
+class FileFormatError(MonoQuantError, ValueError):
+    """A file is not what it should be; the message names the file, the place in it, the value and the rule."""
+
+
+class PlanError(MonoQuantError, ValueError):
+    """A file's plan does not fit the model that it is loaded into; the message names the weight and what differs."""

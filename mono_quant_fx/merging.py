@@ -97,6 +97,27 @@ def merge(gm: fx.GraphModule, nodes: Sequence[fx.Node], own_memory: bool) -> Non
         set_annotation(node, replace(annotation, merged=rows))
 
 
+def merged_pieces(gm: fx.GraphModule) -> dict[str, list[tuple[str, int, int]]]:
+    """Stacked tensor -> (name of its own, start, stop) of each part, in the order of their rows."""
+    found: dict[str, list[tuple[str, int, int]]] = {}
+    for node, annotation in annotated(gm):
+        rows = annotation.merged
+        if rows is None:
+            continue
+        call = LinearCall.read(node.all_input_nodes[0].all_input_nodes[0])
+        assert call is not None
+        names = [
+            (str(stacked.target), own)
+            for stacked, own in zip(call.stored, replace(annotation, merged=None).storage_names, strict=True)
+            if stacked is not None
+        ]
+        if call.bias is not None and rows.bias is not None:
+            names.append((str(call.bias.target), rows.bias))
+        for stacked, own in names:
+            found.setdefault(stacked, []).append((own, rows.start, rows.stop))
+    return {name: sorted(parts, key=lambda part: part[1]) for name, parts in found.items()}
+
+
 def unmerge(gm: fx.GraphModule) -> None:
     """Gives every merged weight its op, its name and memory of its own again."""
     for node, annotation in list(annotated(gm)):

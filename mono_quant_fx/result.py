@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 
 from torch import fx
 
+from mono_quant_fx.config import QuantConfig
+from mono_quant_fx.graph_json import graph_to_json
+from mono_quant_fx.saving import write_model
 from mono_quant_fx.table import AccuracyTable
 
 
@@ -59,11 +63,16 @@ class QuantizationResult:
     graph_module: fx.GraphModule
     accuracy: AccuracyTable
     info: QuantizationInfo
+    config: QuantConfig = field(default_factory=QuantConfig)
 
     @property
     def warnings(self) -> list[str]:
         """Same as info.warnings."""
         return self.info.warnings
+
+    def save(self, path: str | os.PathLike[str], *, graph: bool = False) -> None:
+        """See mono_quant_fx.save."""
+        save(self, path, graph=graph)
 
     def __str__(self) -> str:
         info = self.info
@@ -73,3 +82,23 @@ class QuantizationResult:
             f"{info.original_size_mb:.1f} MB -> {info.quantized_size_mb:.1f} MB ({info.compression_ratio:.2f}x); "
             f"model output SQNR: {output}"
         )
+
+
+def save(result: QuantizationResult, path: str | os.PathLike[str], *, graph: bool = False) -> None:
+    """Writes a quantized model as one safetensors file, which load reads; nothing is pickled.
+
+    Packed weights stand under their own names, in the layout that they have in memory; so does everything else that
+    the graph needs. The header holds, as JSON, what each weight became and why, the config and the accuracy table. The
+    file is complete or not there: a crash or a full disk leaves what was at `path` before.
+
+    Args:
+        path: of the file; its folder must exist.
+        graph: also stores the graph, so that load needs no model.
+
+    Raises:
+        NotSelfContainedError: graph=True, and a node calls what no file can hold; names the node.
+        FileFormatError: a tensor whose type the format does not know. OSError: the file cannot be written.
+    """
+    gm = result.graph_module
+    structure = graph_to_json(gm) if graph else None
+    write_model(path, gm, result.accuracy, result.info, result.config, structure)

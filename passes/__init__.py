@@ -1,6 +1,7 @@
 """The passes, one a file, in the order in which they run."""
 
 from mono_quant_fx.passes.skip_annotation import SkipAnnotation  # isort: skip
+from mono_quant_fx.passes.plan_restoration import PlanRestoration  # isort: skip
 from mono_quant_fx.passes.observer_insertion import ObserverInsertion  # isort: skip
 from mono_quant_fx.passes.calibration_execution import CalibrationExecution  # isort: skip
 from mono_quant_fx.passes.activation_lowering import ActivationLowering  # isort: skip
@@ -17,5 +18,6 @@ __all__ = [
     "Int4GroupwiseLowering",
     "LinearMerging",
     "ObserverInsertion",
+    "PlanRestoration",
     "SkipAnnotation",
 ]

@@ -14,14 +14,14 @@ from torch import Tensor, fx, nn
 
 from mono_quant_fx import graph, ops
 from mono_quant_fx.annotation import QuantAnnotation, WeightUser, annotated, pending, set_annotation
+from mono_quant_fx.biases import add_bias, bias_at, bias_name
 from mono_quant_fx.carry import Carry
 from mono_quant_fx.codes import codes_of, restore
 from mono_quant_fx.data import Batch, Prepare, collect
 from mono_quant_fx.errors import CalibrationError
 from mono_quant_fx.pass_base import Pass
-from mono_quant_fx.rewrite import add_constant
 from mono_quant_fx.run import Progress
-from mono_quant_fx.weight_ops import WEIGHT_OPS, Arg, argument, is_assertion, matrix_shape, peel_transposes
+from mono_quant_fx.weight_ops import argument, is_assertion, matrix_shape
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class BiasCorrection(Pass):
         for node, annotation in waiting:
             uses = [use for use in annotation.users if use.node in found]
             for use in uses:
-                _fold(gm, nodes[use.node], annotation, use, found[use.node].shift)
+                _fold(gm, nodes[use.node], node, annotation, use, found[use.node].shift)
             left = [obstacle for use in annotation.users if (obstacle := obstacles.get(use.node))]
             why = f"bias not corrected: {left[0]}" if left else ""
             reason = "; ".join(filter(None, (annotation.reason, why)))
@@ -166,7 +166,7 @@ def _obstacles(gm: fx.GraphModule, waiting: list[tuple[fx.Node, QuantAnnotation]
 
 
 def _obstacle(gm: fx.GraphModule, node: fx.Node, annotation: QuantAnnotation, use: WeightUser, calls: int) -> str:
-    at = _bias_at(node)
+    at = bias_at(node)
     if at is None:
         return f"{use.op} takes none"
     if node.kwargs.get("beta", 1) != 1:
@@ -184,17 +184,10 @@ def _obstacle(gm: fx.GraphModule, node: fx.Node, annotation: QuantAnnotation, us
     return "" if tuple(value.shape) == (rows,) else f"its shape is {list(value.shape)}, not [{rows}]"
 
 
-def _bias_at(node: fx.Node) -> Arg | None:
-    """Where an op has its bias; None for an op that takes none."""
-    for op in WEIGHT_OPS.get(node.target, ()):
-        weight = argument(node, op.weight)
-        if isinstance(weight, fx.Node) and peel_transposes(weight)[0].op == "get_attr":
-            return op.bias
-    return None
-
-
-def _fold(gm: fx.GraphModule, node: fx.Node, annotation: QuantAnnotation, use: WeightUser, shift: Tensor) -> None:
-    at = _bias_at(node)
+def _fold(
+    gm: fx.GraphModule, node: fx.Node, source: fx.Node, annotation: QuantAnnotation, use: WeightUser, shift: Tensor
+) -> None:
+    at = bias_at(node)
     assert at is not None
     bias = argument(node, at)
     if bias is not None:
@@ -206,21 +199,8 @@ def _fold(gm: fx.GraphModule, node: fx.Node, annotation: QuantAnnotation, use: W
         )
         return
     weight = graph.get_attribute(gm, annotation.weight)
-    added = nn.Parameter(shift.to(weight.device, weight.dtype), requires_grad=False)
-    with gm.graph.inserting_before(node):
-        _set_argument(node, at, add_constant(gm, _free_name(gm, annotation.weight, use.module), added, node))
-
-
-def _set_argument(node: fx.Node, at: Arg, value: fx.Node) -> None:
-    if at[0] < len(node.args):
-        node.update_arg(at[0], value)
-    else:
-        node.update_kwarg(at[1], value)
-
-
-def _free_name(gm: fx.GraphModule, weight: str, module: str) -> str:
-    """a.weight -> a.bias, a.w -> a.w_bias; a number follows where that is taken."""
-    return graph.free_name(gm, f"{module}.bias" if module and weight.endswith(".weight") else f"{weight}_bias")
+    name = bias_name(gm, annotation.weight, use.module)
+    add_bias(gm, node, source, at, name, nn.Parameter(shift.to(weight.device, weight.dtype), requires_grad=False))
 
 
 def _channel_axis(node: fx.Node, y: Tensor) -> int:

@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import fx, nn
 
 from mono_quant_fx import graph
-from mono_quant_fx.annotation import QuantAnnotation, WeightUser, annotated, set_annotation
+from mono_quant_fx.annotation import QuantAnnotation, WeightUser, annotated, set_annotation, users_of
 from mono_quant_fx.config import QuantConfig
 from mono_quant_fx.errors import NothingQuantizedError
 from mono_quant_fx.pass_base import Pass
@@ -60,10 +60,7 @@ def _annotate(weight: Weight, config: QuantConfig) -> QuantAnnotation:
         dtype=str(weight.tensor.dtype).removeprefix("torch."),
         layout=first.layout or "rows",
         groups=first.groups,
-        users=tuple(
-            WeightUser(use.node.name, use.op, weight.module_of(use), use.input.name if use.input else None)
-            for use in weight.uses
-        ),
+        users=users_of(weight),
         activations=f"int8 {'sym' if config.activation_symmetric else 'asym'}"
         if config.activations and decision.scheme
         else "",

@@ -1,0 +1,91 @@
+"""Captures a model the way another of its class was captured, without its values: all tensors may be on meta."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses import FakeTensor, FakeTensorMode
+
+from mono_quant_fx import graph
+from mono_quant_fx.capture import check_eval
+from mono_quant_fx.capture_record import CaptureRecord, meta_batch, set_record
+from mono_quant_fx.data import Batch
+from mono_quant_fx.errors import CaptureError, MonoQuantError
+from mono_quant_fx.exporter import export
+from mono_quant_fx.state import own_state
+from mono_quant_fx.tracer import trace, twin
+
+
+def capture_again(model: nn.Module, record: CaptureRecord) -> fx.GraphModule:
+    """The float graph, with every tensor of the model on the meta device.
+
+    Forward sees tensors without values that claim to be on the CPU, since models branch on the device.
+
+    Raises:
+        CaptureError: the record does not suffice, or this model does not go that way; says what to do instead.
+    """
+    check_eval(model)
+    given = "capture the model yourself (mq.capture with the inputs of the first time) and pass the graph"
+    unsaid = {"given": "by other means than mq.capture", "export": "from inputs that no file can hold"}
+    if record.has_own_sizes:
+        unsaid["export"] = "with dynamic_shapes of its own"
+    elif record.inputs is not None:
+        unsaid.pop("export")
+    if record.method in unsaid:
+        raise CaptureError(f"{type(model).__name__}: the saved model was captured {unsaid[record.method]}; {given}")
+    try:
+        gm = _without_values(model, record)
+    except MonoQuantError:
+        raise
+    except Exception as e:
+        reason = str(e).partition("\n")[0]
+        raise CaptureError(
+            f"{type(model).__name__} cannot be captured as the saved model was (by {record.method}): "
+            f"{type(e).__name__}: {reason}; {given}"
+        ) from e
+    own_state(gm)
+    return set_record(gm, record)
+
+
+def _without_values(model: nn.Module, record: CaptureRecord) -> fx.GraphModule:
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    hollow = _hollow(model, record, mode)
+    if record.method == "symbolic":
+        gm = trace(hollow, None if record.names is None else list(record.names))
+    else:
+        batch = meta_batch(record.inputs)
+        with mode:
+            batch = Batch(*_filled((batch.args, batch.kwargs)))
+        gm, _ = export(hollow, batch)
+    for name, tensor in list(graph.named_tensors(gm)):
+        if isinstance(tensor, FakeTensor):
+            graph.attach(gm, name, _like(tensor, "meta"), graph.is_persistent(gm, name))
+    return gm
+
+
+def _filled(values: object) -> object:
+    return torch.utils._pytree.tree_map_only(Tensor, lambda t: torch.zeros_like(t, device="cpu"), values)
+
+
+def _hollow(model: nn.Module, record: CaptureRecord, mode: FakeTensorMode) -> nn.Module:
+    """A twin whose tensors have no values, tied as they were."""
+    original, model = model, twin(model)
+    if model is original:
+        raise CaptureError(f"{type(model).__name__} cannot be copied, and capturing must not touch the model itself")
+    names = {name for name, _ in graph.named_tensors(model)}
+    made: dict[int, Tensor] = {}
+    with mode:
+        for name, tensor in list(graph.named_tensors(model)):
+            persistent = graph.is_persistent(model, name)
+            first = record.tied.get(name)
+            source = graph.get_attribute(model, first) if first in names else tensor
+            if id(source) not in made:
+                made[id(source)] = _like(source, "cpu")
+            graph.attach(model, name, made[id(source)], persistent)
+            made[id(made[id(source)])] = made[id(source)]
+    return model
+
+
+def _like(tensor: Tensor, device: str) -> Tensor:
+    hollow = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+    return nn.Parameter(hollow, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else hollow

@@ -1,0 +1,106 @@
+"""How a graph was captured, as plain data: enough to capture a model of the same class again, without its inputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from mono_quant_fx.data import Batch
+from mono_quant_fx.errors import FileFormatError
+from mono_quant_fx.graph import named_tensors
+
+KEY = "mono_quant_fx_capture"
+
+
+@dataclass(frozen=True)
+class CaptureRecord:
+    """Of one capture.
+
+    Attributes:
+        method: "symbolic", "export", or "given" for a GraphModule that somebody else made.
+        names: the inputs that symbolic tracing made placeholders; None for those without a default.
+        inputs: the example that torch.export ran on, types and sizes only (see plain_batch); None where the example
+            holds more than tensors, numbers, strings and containers of these.
+        has_own_sizes: dynamic_shapes was given.
+        tied: further name of a parameter -> the name that the graph calls it by.
+    """
+
+    method: str
+    names: tuple[str, ...] | None = None
+    inputs: Any = None
+    has_own_sizes: bool = False
+    tied: dict[str, str] = field(default_factory=dict)
+
+
+def get_record(gm: fx.GraphModule) -> CaptureRecord:
+    """The record of a captured graph, which every pass passes on."""
+    record = gm.meta.get(KEY)
+    return record if isinstance(record, CaptureRecord) else CaptureRecord("given")
+
+
+def set_record(gm: fx.GraphModule, record: CaptureRecord) -> fx.GraphModule:
+    """Puts it on a graph."""
+    gm.meta[KEY] = record
+    return gm
+
+
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """Each further name of a tensor -> its first."""
+    seen: dict[int, str] = {}
+    return {n: first for n, t in named_tensors(model) if (first := seen.setdefault(id(t), n)) != n}
+
+
+def plain_batch(batch: Batch) -> Any:
+    """Plain data for the arguments, each tensor by dtype and shape; None where something else than plain data is in.
+
+    >>> plain_batch(Batch((torch.zeros(2, 3),), {"n": 4}))
+    {'args': [{'tensor': ['float32', [2, 3]]}], 'kwargs': {'n': {'value': 4}}}
+    """
+    try:
+        return {"args": [_plain(v) for v in batch.args], "kwargs": {k: _plain(v) for k, v in batch.kwargs.items()}}
+    except TypeError:
+        return None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return {"tensor": [str(value.dtype).removeprefix("torch."), list(value.shape)]}
+    if value is None or type(value) in (bool, int, float, str):
+        return {"value": value}
+    if type(value) in (list, tuple):
+        return {type(value).__name__: [_plain(v) for v in value]}
+    if isinstance(value, dict) and all(type(k) is str for k in value):
+        return {"dict": {k: _plain(v) for k, v in value.items()}}
+    raise TypeError(f"{type(value).__name__} is no plain data")
+
+
+def meta_batch(data: Any) -> Batch:
+    """The batch that plain_batch wrote down, with tensors on the meta device.
+
+    Raises:
+        FileFormatError: `data` is something else.
+    """
+    try:
+        return Batch(tuple(_value(v) for v in data["args"]), {str(k): _value(v) for k, v in data["kwargs"].items()})
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:
+        raise FileFormatError(f"the recorded example inputs are damaged ({type(e).__name__}: {e})") from e
+
+
+def _value(data: Any) -> Any:
+    ((kind, value),) = data.items()
+    if kind == "tensor":
+        name, shape = value
+        dtype = getattr(torch, name) if isinstance(name, str) and name.isidentifier() else None
+        if not isinstance(dtype, torch.dtype) or not all(type(size) is int for size in shape):
+            raise ValueError(f"no tensor: {value!r}"[:80])
+        return torch.empty(shape, dtype=dtype, device="meta")
+    if kind == "value" and (value is None or type(value) in (bool, int, float, str)):
+        return value
+    if kind in ("list", "tuple"):
+        return (list if kind == "list" else tuple)(_value(v) for v in value)
+    if kind == "dict":
+        return {str(k): _value(v) for k, v in value.items()}
+    raise ValueError(f"no kind of value: {kind!r}"[:80])

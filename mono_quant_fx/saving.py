@@ -1,0 +1,131 @@
+"""A quantized model as one safetensors file: tensors under their own names, and how they came about as JSON.
+
+The header's `mono_quant_fx` entry is one JSON object:
+
+    format_version   1
+    versions         of mono_quant_fx, torch and Python
+    config           the QuantConfig
+    capture          how the float graph was captured (CaptureRecord)
+    plan             the annotation of each weight: scheme, reason, shape, what was measured
+    table, info      the accuracy table and the figures
+    tied             name -> the name under which the same tensor is stored
+    stacked          tensor of the graph -> the names of its parts, which are stored instead of it
+    graph            the graph itself, when it was asked for
+
+Tensors that one op reads as stacked rows (merged linears) are stored apart, under their own names, but side by side, so
+that reading them again is one view. Larger types come first, so that each tensor is aligned.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+
+from mono_quant_fx import graph
+from mono_quant_fx.annotation import annotated
+from mono_quant_fx.capture_record import get_record
+from mono_quant_fx.config import QuantConfig
+from mono_quant_fx.merging import merged_pieces
+from mono_quant_fx.records import to_plain
+from mono_quant_fx.table import AccuracyTable
+from mono_quant_fx.tensor_file import TensorWriter
+from mono_quant_fx.version import __version__
+
+FORMAT_VERSION = 1
+#: The entry of the header, and the tensor of SHA-256 digests, one row for each tensor before it.
+KEY, DIGESTS = "mono_quant_fx", "mono_quant_fx.sha256"
+
+
+class Stored(NamedTuple):
+    """What a graph stores: tensors by the names in the file, in the file's order; tied and stacked names."""
+
+    tensors: dict[str, Tensor]
+    tied: dict[str, str]
+    stacked: dict[str, list[str]]
+
+
+def stored_tensors(gm: fx.GraphModule) -> Stored:
+    """Every tensor of a graph once; merged ones as the parts that they were."""
+    pieces, seen = merged_pieces(gm), {}
+    tensors: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    for name, tensor in graph.named_tensors(gm):
+        first = seen.setdefault(_identity(tensor), name)
+        if first != name:
+            tied[name] = first
+        elif name in pieces:
+            tensors |= {own: tensor.detach()[start:stop] for own, start, stop in pieces[name]}
+        else:
+            tensors[name] = tensor.detach()
+    order = sorted(tensors, key=lambda name: -tensors[name].element_size())  # stable: parts stay side by side
+    parts = {name: [own for own, *_ in found] for name, found in pieces.items()}
+    return Stored({name: tensors[name] for name in order}, tied, parts)
+
+
+def _identity(tensor: Tensor) -> tuple[Any, ...]:
+    place = (id(tensor),) if tensor.numel() == 0 else (tensor.untyped_storage()._cdata, tensor.storage_offset())
+    return (*place, tensor.dtype, tuple(tensor.shape), tensor.stride())
+
+
+def write_model(
+    path: str | os.PathLike[str],
+    gm: fx.GraphModule,
+    table: AccuracyTable,
+    info: Any,
+    config: QuantConfig,
+    structure: dict[str, Any] | None,
+) -> None:
+    """Writes the file, or leaves what was there.
+
+    Args:
+        structure: the graph as JSON data, if it is to be in the file.
+    """
+    tensors, tied, parts = stored_tensors(gm)
+    about = {
+        "format_version": FORMAT_VERSION,
+        "versions": versions(),
+        "config": to_plain(config),
+        "capture": to_plain(get_record(gm)),
+        "plan": [to_plain(annotation) for _, annotation in annotated(gm)],
+        "table": to_plain(table),
+        "info": to_plain(info),
+        "tied": tied,
+        "stacked": parts,
+    }
+    if structure is not None:
+        about["graph"] = structure
+    metadata = {"format": "pt", KEY: json.dumps(about, separators=(",", ":"), allow_nan=False)}
+    digests = torch.zeros(len(tensors), 32, dtype=torch.uint8)
+    entries = [(name, t.dtype, tuple(t.shape)) for name, t in (*tensors.items(), (DIGESTS, digests))]
+    with TensorWriter(path, entries, metadata) as writer:
+        for i, (name, tensor) in enumerate(tensors.items()):
+            digests[i] = digest(tensor)
+            writer.write(name, tensor)
+        writer.write(DIGESTS, digests)
+
+
+def versions() -> dict[str, str]:
+    """Of what makes a file."""
+    return {"mono_quant_fx": __version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def digest(tensor: Tensor) -> Tensor:
+    """SHA-256 of a tensor's bytes in row order: uint8 [32]."""
+    found = hashlib.sha256()
+    for part in chunks(tensor):
+        found.update(part.numpy())
+    return torch.frombuffer(bytearray(found.digest()), dtype=torch.uint8)
+
+
+def chunks(tensor: Tensor, size: int = 1 << 24) -> Iterator[Tensor]:
+    """A tensor's bytes in row order, uint8, `size` at most at a time."""
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    data = flat.view(torch.uint8) if flat.numel() else flat.new_empty(0, dtype=torch.uint8)
+    yield from data.split(size) if len(data) else ()

@@ -1,0 +1,90 @@
+"""plan-restoration: decides as a file says. The decisions and codes of an earlier run, on a float graph of the model."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+from torch import Tensor, fx, nn
+
+from mono_quant_fx.annotation import QuantAnnotation, annotated, set_annotation, users_of
+from mono_quant_fx.biases import add_bias, bias_at, bias_name
+from mono_quant_fx.errors import PlanError
+from mono_quant_fx.numerics import QuantizedWeight
+from mono_quant_fx.pass_base import Pass
+from mono_quant_fx.weight_ops import Weight, argument, find_weights, hidden_weights
+
+
+@dataclass(frozen=True)
+class PlanRestoration(Pass):
+    """Takes the place of skip-annotation, calibration and bias-correction when a saved model is loaded.
+
+    Args:
+        plan: the annotations of the emitted graph, in execution order.
+        tensors: everything that was saved, by name; on the meta device will do, since only types and sizes are read.
+
+    Raises:
+        PlanError: the graph's weights are not the plan's; names the first that differs, and how.
+    """
+
+    plan: tuple[QuantAnnotation, ...]
+    tensors: Mapping[str, Tensor] = field(repr=False, compare=False)
+    name: ClassVar[str] = "plan-restoration"
+
+    def rewrite(self, gm: fx.GraphModule) -> None:
+        """Annotates, and gives ops the biases that bias-correction had to add."""
+        if any(annotated(gm)):
+            return
+        weights = {weight.name: weight for weight in find_weights(gm)}
+        leaves = defaultdict(list)
+        for node, _ in hidden_weights(gm):
+            leaves[str(node.target)].append(node)
+        planned = {entry.weight for entry in self.plan}
+        for name in (*weights, *leaves):
+            if name not in planned:
+                raise PlanError(f"{self.name}: the model has a weight {name!r} that the plan does not know")
+        for entry in self.plan:
+            if entry.weight in leaves:
+                for node in leaves[entry.weight]:
+                    set_annotation(node, entry)
+            elif entry.weight in weights:
+                self._restore(gm, weights[entry.weight], entry)
+            else:
+                raise PlanError(f"{self.name}: the plan has a weight {entry.weight!r} that the model does not have")
+
+    def _restore(self, gm: fx.GraphModule, weight: Weight, entry: QuantAnnotation) -> None:
+        found = (tuple(weight.tensor.shape), str(weight.tensor.dtype).removeprefix("torch."))
+        if found != (entry.shape, entry.dtype):
+            raise PlanError(
+                f"{self.name}: weight {entry.weight!r} is {found[1]}{list(found[0])} in the model and was "
+                f"{entry.dtype}{list(entry.shape)} when the plan was made; build the model as it was then"
+            )
+        layout = (weight.uses[0].layout or "rows", weight.uses[0].groups)
+        if layout != (entry.layout, entry.groups):
+            raise PlanError(f"{self.name}: weight {entry.weight!r} is consumed as {layout[0]}, not as {entry.layout}")
+        own = replace(entry, users=users_of(weight), merged=None, lowered=False)
+        if entry.lowered:
+            own = replace(own, stored=self._stored(own))
+        set_annotation(weight.node, own)
+        if entry.bias_gain_db is not None:
+            self._add_biases(gm, weight, own)
+
+    def _stored(self, own: QuantAnnotation) -> QuantizedWeight:
+        symmetric = own.scheme is None or own.scheme.symmetric
+        names = own.storage_names[: 2 if symmetric else 3]
+        missing = [name for name in names if name not in self.tensors]
+        if missing:
+            raise PlanError(f"{self.name}: weight {own.weight!r} has a scheme, but there is no tensor {missing[0]!r}")
+        packed, scale, *zero_point = (self.tensors[name] for name in names)
+        return QuantizedWeight(packed, scale, zero_point[0] if zero_point else None)
+
+    def _add_biases(self, gm: fx.GraphModule, weight: Weight, own: QuantAnnotation) -> None:
+        for use, user in zip(weight.uses, own.users, strict=True):
+            at = bias_at(use.node)
+            if at is None or argument(use.node, at) is not None:
+                continue
+            name = bias_name(gm, own.weight, user.module)
+            if name in self.tensors:
+                add_bias(gm, use.node, weight.node, at, name, nn.Parameter(self.tensors[name], requires_grad=False))
