@@ -49,3 +49,7 @@ class AccuracyError(MonoQuantError):
     def __init__(self, message: str, result: object = None):
         super().__init__(message)
         self.result = result
+
+
+class FileFormatError(MonoQuantError):
+    """A file of tensors is damaged, or cannot hold what it should; the message names file, tensor, value and rule."""
