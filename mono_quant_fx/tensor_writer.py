@@ -90,7 +90,9 @@ class TensorWriter:
         """
         entry = self._expected(name)
         self._check(entry, tensor)
-        raw = tensor.detach().resolve_neg().contiguous().cpu().reshape(-1).view(torch.uint8)
+        dense = tensor.detach().resolve_neg().contiguous().cpu()
+        # not reshape: a single element is contiguous with any stride, and only stride 1 can be viewed as bytes
+        raw = dense.as_strided((dense.numel(),), (1,)).view(torch.uint8)
         at = len(self._head) + entry.start
         with naming(self.path):
             for piece in raw.split(_CHUNK) if len(raw) else ():

@@ -54,7 +54,7 @@ def main(rounds: int) -> None:
         interrupted += len(left)
         for partial in left:
             partial.unlink()
-    print(json.dumps({"versions": len(set(versions)), "interrupted": interrupted}))
+    print(json.dumps({"rounds": len(versions) - 1, "versions": len(set(versions)), "interrupted": interrupted}))
 
 
 if __name__ == "__main__":

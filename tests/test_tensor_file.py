@@ -25,20 +25,26 @@ from mono_quant_fx.tensor_file import TensorFile, TensorWriter, write_tensors
 from mono_quant_fx.tensor_header import DTYPES, PREFIX, layout, parse_header
 
 ROOT = Path(__file__).resolve().parents[1]
+ALL = tuple(DTYPES.values())
 LAW = settings(derandomize=True, deadline=None, max_examples=60)
 
 #: The package's torch side has no name for this one.
-THEIRS = [dtype for dtype in DTYPES.values() if dtype is not torch.float8_e8m0fnu]
+THEIRS = [dtype for dtype in ALL if dtype is not torch.float8_e8m0fnu]
+
+
+def raw_bytes(tensor):
+    """The elements in row-major order."""
+    dense = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)
+    return bytes(dense.reshape(-1).view(torch.uint8).tolist())
 
 
 def same(a, b):
     """Equal to the bit, NaN included."""
-    raw = [t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b)]
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(*raw)
+    return a.dtype == b.dtype and a.shape == b.shape and raw_bytes(a) == raw_bytes(b)
 
 
 @st.composite
-def tensors(draw, dtypes=tuple(DTYPES.values())):
+def tensors(draw, dtypes=ALL):
     """Random bits of any element type, with any strides."""
     dtype = draw(st.sampled_from(dtypes))
     shape = draw(st.lists(st.integers(0, 4), max_size=4))
@@ -51,14 +57,14 @@ def tensors(draw, dtypes=tuple(DTYPES.values())):
         return tensor[1, ..., ::2]
     if form == "expanded":
         return tensor[:1].expand(3, *shape)
-    return tensor[1].permute(*reversed(range(len(shape)))) if form == "transposed" else tensor[1]
+    return tensor[1].permute(tuple(reversed(range(len(shape))))) if form == "transposed" else tensor[1]
 
 
 names = st.text(max_size=12).filter(lambda n: "\0" not in n and n != "__metadata__")
 texts = st.text(max_size=12)
 
 
-def state_dicts(dtypes=tuple(DTYPES.values())):
+def state_dicts(dtypes=ALL):
     return st.dictionaries(names, tensors(dtypes), max_size=6)
 
 
@@ -71,8 +77,7 @@ def test_what_is_written_is_read_back(tmp_path_factory, state, metadata):
         assert file.metadata == metadata and set(file.entries) == set(state)
         for name, tensor in state.items():
             assert same(file.tensor(name), tensor) and same(file.read(name), tensor)
-            raw = tensor.contiguous().reshape(-1).view(torch.uint8)
-            assert file.digest(name) == hashlib.sha256(bytes(raw.tolist())).hexdigest()
+            assert file.digest(name) == hashlib.sha256(raw_bytes(tensor)).hexdigest()
         stops = [0, *(file.entries[name].stop for name in state)]
         assert stops == sorted(stops), "the bytes lie in the declared order"
         assert (path.stat().st_size - stops[-1]) % PREFIX == 0, "the data starts aligned"
@@ -83,7 +88,8 @@ def test_what_is_written_is_read_back(tmp_path_factory, state, metadata):
 def test_the_safetensors_package_reads_our_files_and_we_read_its(tmp_path_factory, state, metadata):
     folder = tmp_path_factory.mktemp("a")
     write_tensors(folder / "ours", state, metadata)
-    save_file({name: tensor.contiguous().clone() for name, tensor in state.items()}, folder / "theirs", metadata)
+    owned = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
+    save_file(owned, folder / "theirs", metadata or None)  # 0.8.0 writes broken JSON for {} and {}
     found = load_file(folder / "ours")
     with safe_open(folder / "ours", "pt") as file:
         assert (file.metadata() or {}) == metadata
@@ -95,7 +101,7 @@ def test_the_safetensors_package_reads_our_files_and_we_read_its(tmp_path_factor
 
 @LAW
 @given(
-    entries=st.lists(st.tuples(names, st.sampled_from(list(DTYPES.values())), st.lists(st.integers(0, 9), max_size=3)),
+    entries=st.lists(st.tuples(names, st.sampled_from(ALL), st.lists(st.integers(0, 9), max_size=3)),
                      unique_by=lambda e: e[0], max_size=5),
 )  # fmt: skip
 def test_parse_undoes_layout(entries):
@@ -181,8 +187,7 @@ def test_no_descriptor_is_left(tmp_path):
         with pytest.raises(mq.FileFormatError):
             TensorFile(tmp_path / "bad")
         with pytest.raises(mq.FileFormatError, match="was not written"):
-            with TensorWriter(tmp_path / "b", [("w", torch.int8, (1,))]):
-                pass
+            TensorWriter(tmp_path / "b", [("w", torch.int8, (1,))]).__enter__().__exit__(None, None, None)
     gc.collect()
     assert len(os.listdir("/proc/self/fd")) == before
 
@@ -271,7 +276,7 @@ def test_reading_says_what_is_wrong(tmp_path):
     with pytest.raises(mq.FileFormatError, match=r"no tensor is named 'w.msk'; the nearest names: 'w.mask'"):
         file.tensor("w.msk")
     os.truncate(tmp_path / "a", 70)
-    with pytest.raises(mq.FileFormatError, match="'w.mask' ends early; the file got shorter"):
+    with pytest.raises(mq.FileFormatError, match=r"'w.mask' ends early; the file got shorter"):
         file.digest("w.mask")
     file.close()
     with pytest.raises(mq.FileFormatError, match="this file is closed; read from it inside its `with` block"):
@@ -297,6 +302,11 @@ def test_500_damaged_files_are_clean_errors_within_bounds():
 
 
 def test_a_killed_process_leaves_the_old_file_or_the_new_one():
+    assert program("tensor_file_kills", 5, timeout=120)["rounds"] == 5
+
+
+@pytest.mark.slow
+def test_kills_at_50_moments():
     seen = program("tensor_file_kills", 50, timeout=300)
     assert seen["versions"] > 5, "some saves were finished"
     assert seen["interrupted"] > 5, "some were not"
@@ -345,10 +355,26 @@ def test_a_limit_of_the_system_leaves_the_old_file(tmp_path, room):
 def test_leaving_by_an_exception_leaves_the_old_file(tmp_path, error):
     path = tmp_path / "a.safetensors"
     write_tensors(path, OLD, {})
-    with pytest.raises(error):
-        with TensorWriter(path, [("w", torch.float32, (3,)), ("v", torch.float32, (3,))]) as writer:
+    writer = TensorWriter(path, [("w", torch.float32, (3,)), ("v", torch.float32, (3,))])
+
+    def interrupted():
+        with writer:
             writer.write("w", torch.ones(3))
+            assert len(list(tmp_path.glob(".a.safetensors.*.partial"))) == 1
             raise error
+
+    with pytest.raises(error):
+        interrupted()
+    unharmed(path)
+
+
+def test_an_entry_that_was_not_written_keeps_the_old_file(tmp_path):
+    path = tmp_path / "a.safetensors"
+    write_tensors(path, OLD, {})
+    writer = TensorWriter(path, [("w", torch.float32, (3,)), ("v", torch.float32, (3,))]).__enter__()
+    writer.write("w", torch.ones(3))
+    with pytest.raises(mq.FileFormatError, match="tensor 'v' was not written; write every entry"):
+        writer.__exit__(None, None, None)
     unharmed(path)
 
 
@@ -451,7 +477,7 @@ def test_long_names_have_a_temporary_too(tmp_path):
         (
             [],
             {"a": "x" * 100_000_000},
-            "the header would take 100000024 bytes; the format allows 100000000: use two files",
+            "the header would take 100000032 bytes; the format allows 100000000: use two files",
         ),
     ],
 )
@@ -473,10 +499,10 @@ def test_a_writer_takes_what_was_declared(tmp_path):
         with pytest.raises(mq.FileFormatError, match=r"'w' is torch.uint8 \[2\]; declared was torch.int8 \[2\]"):
             writer.write("w", torch.ones(2, dtype=torch.uint8))
         with pytest.raises(
-            mq.FileFormatError, match="'w' is on the device meta with layout torch.strided; only a dense"
+            mq.FileFormatError, match=r"'w' is on the device meta with layout torch\.strided; only a dense"
         ):
             writer.write("w", torch.ones(2, dtype=torch.int8, device="meta"))
-        with pytest.raises(mq.FileFormatError, match="layout torch.sparse_coo"):
+        with pytest.raises(mq.FileFormatError, match=r"layout torch\.sparse_coo"):
             writer.write("w", torch.ones(2, dtype=torch.int8).to_sparse())
         for name in ("w", "v"):
             writer.write(name, torch.ones(2, dtype=torch.int8))
