@@ -156,7 +156,7 @@ def item(rng, head, data):
 
 def deep(rng, head, data):
     """JSON that a recursive parser would not survive, alone and inside a sound header."""
-    depth = rng.choice([4, 5, 900, 5000, 1_000_000])
+    depth = rng.choice([4, 5, 900, 5000, 250_000])
     nested = rng.choice([b"[" * depth + b"]" * depth, b'{"a":' * depth + b"1" + b"}" * depth, b"[" * depth])
     if rng.random() < 0.5:
         return pack(b'{"a":' + nested + b"}", data)
@@ -165,9 +165,9 @@ def deep(rng, head, data):
 
 def heavy(rng, head, data):
     """Headers whose cost would grow faster than their size: quotes, escapes, digits, NUL, many items."""
-    bodies = [b'"' * 2_000_001, b'\\"' * 1_000_000, b'"\\' * 1_000_000, b"\\" * 2_000_001, bytes(2_000_000)]
-    bodies += [b"9" * 1_000_000, b'{"a":' + b"9" * 1_000_000 + b"}", b'"' + b"[" * 2_000_000, b"{}" * 1_000_000]
-    bodies += [b'"a":[[],' * 200_000, b"[" + b"[]," * 1_000_000 + b"[]]}"]
+    bodies = [b'"' * 500_001, b'\\"' * 250_000, b'"\\' * 250_000, b"\\" * 500_001, bytes(500_000)]
+    bodies += [b"9" * 250_000, b'{"a":' + b"9" * 250_000 + b"}", b'"' + b"[" * 500_000, b"{}" * 250_000]
+    bodies += [b'"a":[[],' * 50_000, b"[" + b"[]," * 250_000 + b"[]]}"]
     body = rng.choice(bodies)
     return pack(rng.choice([b"", b"{", b'{"a":', b'{"']) + body, data)
 
