@@ -51,9 +51,9 @@ class AccuracyError(MonoQuantError):
         self.result = result
 
 
-class FileFormatError(MonoQuantError, ValueError):
-    """A file is not what it should be; the message names the file, the place in it, the value and the rule."""
+class FileFormatError(MonoQuantError):
+    """A file is damaged, or cannot hold what it should; the message names file, tensor or place, value and rule."""
 
 
-class PlanError(MonoQuantError, ValueError):
+class PlanError(MonoQuantError):
     """A file's plan does not fit the model that it is loaded into; the message names the weight and what differs."""

@@ -19,7 +19,9 @@ SOURCES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "passes").glob("*.py")])
 #: Each layer may import the layers above its own line, and its own. Modules that are not named belong to the last.
 LAYERS = [
     {"errors", "version"},
-    {"checks", "records"},
+    {"checks", "records", "tensor_header"},
+    {"tensor_writer"},
+    {"tensor_file"},
     {"config"},
     {"numerics", "metrics"},
     {"native"},

@@ -250,7 +250,7 @@ class Unbiased(Attention):
         (Shorter, "the plan has a weight 'k.weight' that the model does not have"),
         (stack, "cannot be captured as the saved model was"),
         (Unbiased, r"q.bias is in the file and not in the model"),
-        (lambda: Attention().bfloat16(), r"weight 'q.weight' is bfloat16\[32, 64\] in the model and was float32"),
+        (lambda: Attention().bfloat16(), r"weight 'q.weight' is bfloat16\[64, 64\] in the model and was float32"),
         (dict, "torch.nn.Module is needed, not dict"),
     ],
 )
