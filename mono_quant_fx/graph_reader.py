@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import keyword
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,12 +80,7 @@ class Reader:
         records = items(data["nodes"], "a graph's nodes")
         gm = fx.GraphModule(nn.Module(), fx.Graph())
         modules = self._modules(data["modules"], prefix, depth)
-        for target in _targets(records):
-            self._attach(gm, target, modules, prefix)
-        spare = [path for path in modules if not isinstance(getattr(modules[path], "_read", None), bool)]
-        need(not spare, "a module", spare, "no node reads it")
-        for module in modules.values():
-            del module._read  # type: ignore[attr-defined]
+        self._attach(gm, _targets(records), modules, prefix)
         new = self._nodes(records, gm)
         new._codegen = _codegen(data["codegen"], new)
         gm.graph = new
@@ -122,23 +117,25 @@ class Reader:
             graph.attach(module, name, tensor, persistent)
         return module
 
-    def _attach(self, gm: fx.GraphModule, target: Any, modules: dict[str, nn.Module], prefix: str) -> None:
-        with within(f"target {show(target)}"):
-            check_path(target, "the path")
-            above = _above(target, modules)
-            if target in modules:
-                graph.attach(gm, target, modules[target])
-                modules[target]._read = True  # type: ignore[assignment]
-            elif above:
-                inner = target[len(above) + 1 :]
-                inside = dict(graph.named_tensors(modules[above])) | dict(modules[above].named_modules())
-                need(inside.get(inner) is not None, "the path", target, f"the module {above} has no such part")
-                need(prefix == "" or True, "the path", target, "")
-                graph.attach(gm, above, modules[above])
-                modules[above]._read = True  # type: ignore[assignment]
-            else:
-                tensor, persistent = self.tensors.take(prefix + target)
-                graph.attach(gm, target, tensor, persistent)
+    def _attach(self, gm: fx.GraphModule, targets: list[str], modules: dict[str, nn.Module], prefix: str) -> None:
+        """Puts what the nodes read where they read it, in the order of the nodes."""
+        read = set()
+        for target in targets:
+            with within(f"target {show(target)}"):
+                check_path(target, "the path")
+                need(not _above(target, set(targets) - modules.keys()), "the path", target, "a part of it is a tensor's")
+                home = target if target in modules else _above(target, modules)
+                if not home:
+                    tensor, persistent = self.tensors.take(prefix + target)
+                    graph.attach(gm, target, tensor, persistent)
+                    continue
+                if home not in read:
+                    graph.attach(gm, home, modules[home])
+                    read.add(home)
+                inside = dict(graph.named_tensors(modules[home])) | dict(modules[home].named_modules())
+                inner = target[len(home) + 1 :]
+                need(inner in inside, "the path", target, f"the module {home} has no such part")
+        need(len(read) == len(modules), "a module", [m for m in modules if m not in read], "no node reads it")
 
     def _nodes(self, records: list[Any], gm: fx.GraphModule) -> fx.Graph:
         new = fx.Graph()
@@ -187,8 +184,8 @@ def _targets(records: list[Any]) -> list[Any]:
     return list(dict.fromkeys(found))
 
 
-def _above(path: str, known: Mapping[str, Any]) -> str:
-    """The stored module that a path lies in; "" for none."""
+def _above(path: str, known: Container[str]) -> str:
+    """The path of `known` that a path lies in; "" for none."""
     parts = path.split(".")
     return next((p for i in range(1, len(parts)) if (p := ".".join(parts[:i])) in known), "")
 
