@@ -43,6 +43,14 @@ class PostconditionError(PassError):
     """`ensures` found that the pass broke its promise: a defect of the pass, not of the user."""
 
 
+class NotSelfContainedError(MonoQuantError):
+    """A graph holds something that cannot be written as data; the message names the node, the reason and a remedy."""
+
+
+class GraphFormatError(MonoQuantError, ValueError):
+    """Data that should describe a graph break a rule; the message names the node, the value and the rule."""
+
+
 class AccuracyError(MonoQuantError):
     """``accuracy_warning="error"`` and a critical finding. `result` holds the finished QuantizationResult."""
 
