@@ -113,7 +113,7 @@ def assert_same(actual: mq.QuantizationResult, expected: mq.QuantizationResult, 
     assert str(actual) == str(expected)
     assert (actual.info, actual.config, actual.accuracy) == (expected.info, expected.config, expected.accuracy)
     found, wanted = (dict(graph.named_tensors(r.graph_module)) for r in (actual, expected))
-    assert list(found) == list(wanted)
+    assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():
         assert torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype, name
         assert isinstance(found[name], nn.Parameter) == isinstance(tensor, nn.Parameter)
