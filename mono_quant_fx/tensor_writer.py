@@ -6,6 +6,7 @@ it renamed. A process that is killed leaves its temporary behind, and the destin
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import secrets
@@ -21,7 +22,8 @@ from torch import Tensor
 from mono_quant_fx.errors import FileFormatError
 from mono_quant_fx.tensor_header import Entry, layout, shown
 
-_CHUNK = 1 << 22
+#: What one call of the system writes; between two calls an interrupt gets through.
+_CHUNK = 1 << 26
 
 
 @contextmanager
@@ -31,6 +33,15 @@ def naming(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def memory(raw: Tensor) -> memoryview:
+    """The bytes of a dense CPU tensor [n] uint8, in place; good as long as the tensor is.
+
+    Files are written from it and read into it. A buffer between would be filled by torch, whose threads start for
+    every piece; on a busy machine that takes longer than the file does.
+    """
+    return memoryview((ctypes.c_ubyte * raw.numel()).from_address(raw.data_ptr())) if raw.numel() else memoryview(b"")
 
 
 class TensorWriter:
@@ -66,7 +77,6 @@ class TensorWriter:
             raise FileFormatError(f"{self.path}: {error}") from None
         self._todo = iter(self.entries.values())
         self._next = next(self._todo, None)
-        self._buffer = bytearray(min(_CHUNK, max((entry.nbytes for entry in self.entries.values()), default=0)))
         self._descriptor: int | None = None
 
     def __enter__(self) -> TensorWriter:
@@ -93,12 +103,8 @@ class TensorWriter:
         dense = tensor.detach().resolve_neg().contiguous().cpu()
         # not reshape: a single element is contiguous with any stride, and only stride 1 can be viewed as bytes
         raw = dense.as_strided((dense.numel(),), (1,)).view(torch.uint8)
-        at = len(self._head) + entry.start
         with naming(self.path):
-            for piece in raw.split(_CHUNK) if len(raw) else ():
-                torch.frombuffer(self._buffer, dtype=torch.uint8, count=len(piece)).copy_(piece)
-                self._put(memoryview(self._buffer)[: len(piece)], at)
-                at += len(piece)
+            self._put(memory(raw), len(self._head) + entry.start)
         self._next = next(self._todo, None)
 
     def __exit__(
@@ -137,7 +143,7 @@ class TensorWriter:
         assert self._descriptor is not None
         rest = memoryview(data)
         while rest:
-            count = os.pwrite(self._descriptor, rest, at)
+            count = os.pwrite(self._descriptor, rest[:_CHUNK], at)
             rest, at = rest[count:], at + count
 
     def _expected(self, name: str) -> Entry:
