@@ -47,10 +47,10 @@ def memory(raw: Tensor) -> memoryview:
 class TensorWriter:
     """A safetensors file of `entries` (name, dtype, shape), written in their order, which is the order of the bytes.
 
-    Each tensor is aligned where entries with larger elements stand before those with smaller ones. Leaving the `with`
-    block puts the file in place; leaving it by an exception deletes the temporary, and an older file stays. Where
-    `path` is a symbolic link, the file that it points to is replaced. An older file's permissions are kept; those of
-    a new one are what open() gives.
+    Each tensor is aligned where entries with larger elements stand before those with smaller ones. Entering the `with`
+    block takes the room on the disk, and leaving it puts the file in place. Leaving it by an exception deletes the
+    temporary, and an older file stays. Where `path` is a symbolic link, the file that it points to is replaced. An
+    older file's permissions are kept; those of a new one are what open() gives.
 
     Raises FileFormatError for what the format cannot hold (a name twice, "__metadata__" or with NUL, a dtype such as
     complex64, metadata that is not str to str), for a tensor that is not the declared next one, and when the block
@@ -87,6 +87,8 @@ class TensorWriter:
                 self._descriptor = os.open(self._partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
                 if mode is not None:
                     os.fchmod(self._descriptor, mode)
+                stop = max((entry.stop for entry in self.entries.values()), default=0)
+                _reserve(self._descriptor, len(self._head) + stop)
                 self._put(self._head, 0)
             except BaseException:
                 self._discard()
@@ -179,6 +181,17 @@ def _destination(path: Path) -> tuple[Path, int | None]:
     if not os.access(target, os.W_OK):
         raise PermissionError(errno.EACCES, "the file is read-only", str(path))
     return target, stat.S_IMODE(found.st_mode)
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    """Take the room on the disk: a full disk says so before the work is done, and ext4 writes several times faster."""
+    if hasattr(os, "posix_fallocate"):
+        try:
+            return os.posix_fallocate(descriptor, 0, size)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):  # not every file system can
+                raise
+    return os.ftruncate(descriptor, size)
 
 
 def write_tensors(
