@@ -22,8 +22,8 @@ from torch import Tensor
 from mono_quant_fx.errors import FileFormatError
 from mono_quant_fx.tensor_header import Entry, layout, shown
 
-#: What one call of the system writes; between two calls an interrupt gets through.
-_CHUNK = 1 << 26
+#: What one call of the system writes: more at once is slower, and between two calls an interrupt gets through.
+_CHUNK = 1 << 20
 
 
 @contextmanager
