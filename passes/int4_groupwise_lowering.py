@@ -59,7 +59,7 @@ class Int4GroupwiseLowering(Pass):
 def _lower(gm: fx.GraphModule, node: fx.Node, annotation: QuantAnnotation) -> None:
     weight, scheme = graph.get_tensor(gm, node), annotation.scheme
     assert weight is not None and scheme is not None
-    if weight.is_meta:
+    if weight.is_meta and annotation.stored is None:
         raise WeightError(
             f"int4-lowering: weight {annotation.weight!r} is on the meta device, without values; load them first"
         )
