@@ -12,6 +12,7 @@ from mono_quant_fx.errors import (
     AccuracyError,
     CalibrationError,
     CaptureError,
+    CheckpointError,
     ConfigError,
     MonoQuantError,
     NothingQuantizedError,
@@ -21,6 +22,7 @@ from mono_quant_fx.errors import (
     PreconditionError,
     WeightError,
 )
+from mono_quant_fx.export_compressed_tensors import export_compressed_tensors
 from mono_quant_fx.metrics import max_abs_error, relative_error, sqnr_db
 from mono_quant_fx.modules import QuantizedLinearInt4
 from mono_quant_fx.native import Kernels, PerformanceWarning, kernels
@@ -56,6 +58,7 @@ __all__ = [
     "AccuracyWarning",
     "CalibrationError",
     "CaptureError",
+    "CheckpointError",
     "CompileBackend",
     "CompileReport",
     "CompiledGraph",
@@ -93,6 +96,7 @@ __all__ = [
     "default_pipeline",
     "dequantize_model",
     "diff_graphs",
+    "export_compressed_tensors",
     "format_graph",
     "kernels",
     "max_abs_error",

@@ -1,7 +1,7 @@
 """Folders of safetensors files as Hugging Face lays them out: read with suspicion, and written beside, then moved in.
 
-    config.json      model.safetensors      or, in shards,      model.safetensors.index.json
-                                                                model-00001-of-00002.safetensors ...
+config.json      model.safetensors      or, in shards,      model.safetensors.index.json
+                                                            model-00001-of-00002.safetensors ...
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ class Checkpoint:
 
     def where(self, name: str) -> str:
         """The tensor and its file, as errors call them."""
-        return f"{self.folder / self.files[name]}: tensor {name!r}" if name in self.files else f"{self.folder}: {name!r}"
+        file = self.files.get(name)
+        return f"{self.folder}: {name!r}" if file is None else f"{self.folder / file}: tensor {name!r}"
 
     def kind(self, name: str) -> tuple[torch.dtype | None, tuple[int, ...]]:
         """dtype (None for one that torch lacks) and shape, from the header."""

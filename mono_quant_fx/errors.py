@@ -24,7 +24,7 @@ class WeightError(MonoQuantError, ValueError):
 
 
 class CheckpointError(MonoQuantError, ValueError):
-    """A folder of files cannot be read or written as asked; the message names the file or tensor and what was wanted."""
+    """A folder of files cannot be read or written as asked; the message names file, tensor and rule."""
 
 
 class CalibrationError(MonoQuantError, ValueError):
