@@ -23,6 +23,7 @@ from mono_quant_fx.errors import (
     WeightError,
 )
 from mono_quant_fx.export_compressed_tensors import export_compressed_tensors
+from mono_quant_fx.import_compressed_tensors import import_compressed_tensors
 from mono_quant_fx.metrics import max_abs_error, relative_error, sqnr_db
 from mono_quant_fx.modules import QuantizedLinearInt4
 from mono_quant_fx.native import Kernels, PerformanceWarning, kernels
@@ -98,6 +99,7 @@ __all__ = [
     "diff_graphs",
     "export_compressed_tensors",
     "format_graph",
+    "import_compressed_tensors",
     "kernels",
     "max_abs_error",
     "measure_accuracy",

@@ -77,7 +77,11 @@ class Checkpoint:
             raise CheckpointError(f"{self.folder}: tensor {name!r} is missing; {_kind(dtypes, shape)} is needed")
         dtype, there = self.kind(name)
         if dtype not in dtypes or there != shape:
-            raise CheckpointError(f"{self.where(name)} is {_kind((dtype,), there)}; {_kind(dtypes, shape)} is needed")
+            both_float = dtype is not None and dtype.is_floating_point and dtypes[0].is_floating_point
+            remedy = f"; build the model in {str(dtype)[6:]}" if both_float and there == shape else ""
+            raise CheckpointError(
+                f"{self.where(name)} is {_kind((dtype,), there)}; {_kind(dtypes, shape)} is needed{remedy}"
+            )
 
     def get(self, name: str) -> Tensor:
         """The tensor itself.
