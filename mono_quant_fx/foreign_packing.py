@@ -27,7 +27,7 @@ def unpack_words(words: Tensor, bits: int) -> Tensor:
     >>> unpack_words(torch.tensor([0x76543210]), 4)
     tensor([0, 1, 2, 3, 4, 5, 6, 7], dtype=torch.uint8)
     """
-    bytes_ = words.to(torch.int32).contiguous().view(torch.uint8)
+    bytes_ = _dense(words).view(torch.uint8)
     return bytes_ if bits == 8 else torch.stack((bytes_ & 15, bytes_ >> 4), -1).flatten(-2)
 
 
@@ -71,16 +71,16 @@ def from_gptq(
     zeros = (unpack_words(qzeros, bits).to(torch.int16) + zero_offset) & ((1 << bits) - 1)
     if order is not None:
         scales, zeros = scales[order], zeros[order]
-    words = qweight.t().contiguous()
+    words = _dense(qweight.t())
     codes = words if bits == 4 else signed(unpack_words(words, 8), 8)
-    return QuantizedWeight(codes, scales.t().contiguous(), _zero_point(zeros.to(torch.uint8), bits))
+    return QuantizedWeight(codes, _dense(scales.t()), _zero_point(zeros.to(torch.uint8), bits))
 
 
 def from_awq(qweight: Tensor, qzeros: Tensor, scales: Tensor) -> QuantizedWeight:
     """An AWQ weight of version gemm: qweight int32 [K, N/8], qzeros int32 [G, N/8], scales [G, N]."""
     codes = signed(_in_order(unpack_words(qweight, 4)), 4).t()
     zeros = _in_order(unpack_words(qzeros, 4))
-    return QuantizedWeight(numerics.pack_int4(codes), scales.t().contiguous(), _zero_point(zeros, 4))
+    return QuantizedWeight(numerics.pack_int4(codes), _dense(scales.t()), _zero_point(zeros, 4))
 
 
 def group_order(g_idx: Tensor, groups: int) -> Tensor | None:
@@ -96,6 +96,12 @@ def group_order(g_idx: Tensor, groups: int) -> Tensor | None:
     return runs[:, 0].contiguous() if bool((runs == runs[:, :1]).all()) else None
 
 
+def _dense(tensor: Tensor) -> Tensor:
+    """Rows in one piece, with the strides that say so: a transposed row of one column has others."""
+    dense = tensor.is_contiguous() and (tensor.dim() == 0 or tensor.stride(-1) == 1)
+    return tensor if dense else tensor.clone(memory_format=torch.contiguous_format)
+
+
 def _in_order(nibbles: Tensor) -> Tensor:
     """The columns of each AWQ word in their own order."""
     return nibbles.unflatten(-1, (-1, 8))[..., list(AWQ_NIBBLES)].flatten(-2)
@@ -105,4 +111,4 @@ def _zero_point(unsigned: Tensor, bits: int) -> Tensor | None:
     """int8 [N, G] from [G, N]; None where all are the middle of the range, which is what symmetric means."""
     if bool((unsigned == 1 << (bits - 1)).all()):
         return None
-    return signed(unsigned.t().contiguous(), bits)
+    return signed(_dense(unsigned.t()), bits)

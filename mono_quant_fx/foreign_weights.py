@@ -198,12 +198,13 @@ class Reader:
             scale = f"{want.name}_scale"
             groups = (self.checkpoint.kind(scale)[1] if scale in self.checkpoint else ())[-1:] or (1,)
             sizes = [s for s in sorted(self.found.group_sizes) if (num_groups(want.columns, s),) == groups]
-            size = -1 if groups == (1,) else sizes[0] if len(sizes) == 1 else 0
+            if groups == (1,):
+                sizes = [want.columns] if want.columns in sizes else [-1]
+            size = sizes[0] if len(sizes) == 1 else 0
             what = f"{scale}: {groups[0]} groups of {want.columns} columns follow from no group_size of {self.where}"
         else:
             size = self.config.get("group_size", self.config.get("q_group_size", -1))
             what = f"{self.where}: group_size {size!r} for {want.name!r}"
-            size = -1 if size == want.columns else size
         exact = isinstance(size, int) and (size == -1 or (size > 0 and want.columns % size == 0))
         if not exact:
             raise CheckpointError(f"{what}; a group_size that divides the {want.columns} columns is needed")

@@ -107,7 +107,7 @@ def test_static_inputs_come_back(bits, tmp_path):
     )  # fmt: skip
     gm = mq.import_compressed_tensors(tmp_path, skeleton(), IDS)
     assert torch.equal(gm(IDS), result.graph_module(IDS))
-    assert mq.format_graph(gm) == mq.format_graph(result.graph_module)
+    assert gm.code == result.graph_module.code
     rewrite(tmp_path, lambda t: t["gate.input_scale"].mul_(2))
     with pytest.raises(mq.CheckpointError, match="read one tensor with different input scales"):
         mq.import_compressed_tensors(tmp_path, skeleton(), IDS)
@@ -371,5 +371,7 @@ def test_gptq_and_awq_that_cannot_be_read(method, config, change, message, tmp_p
 
 def test_buffers_without_values_are_named(tmp_path):
     export(tmp_path, group_size=32)
+    model = skeleton()
+    model.shift = model.shift.to("meta")
     with pytest.raises(mq.CheckpointError, match="'shift' is on the meta device, and a checkpoint does not hold it"):
-        mq.import_compressed_tensors(tmp_path, Model().to("meta"))
+        mq.import_compressed_tensors(tmp_path, model)
