@@ -8,35 +8,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 import mono_quant_fx as mq
 from mono_quant_fx import foreign_packing, numerics
 from mono_quant_fx.annotation import annotated
+from tests.checkpoint_models import IDS, Model, skeleton
 
 law = settings(deadline=None, derandomize=True, max_examples=40)
 
 
-class Model(nn.Module):
-    """An embedding tied to the head, two linears on one input, and a norm."""
-
-    def __init__(self, dtype=torch.float32):
-        super().__init__()
-        self.embed = nn.Embedding(24, 64)
-        self.norm = nn.LayerNorm(64)
-        self.up, self.gate = nn.Linear(64, 128), nn.Linear(64, 128)
-        self.down = nn.Linear(128, 64, bias=False)
-        self.head = nn.Linear(64, 24, bias=False)
-        self.head.weight = self.embed.weight
-        self.register_buffer("shift", torch.linspace(0, 1, 64), persistent=False)
-        self.to(dtype).eval()
-
-    def forward(self, ids):
-        x = self.norm(self.embed(ids)) + self.shift
-        return self.head(self.down(self.up(x) * torch.sigmoid(self.gate(x))))
-
-
-IDS = torch.arange(12).view(2, 6)
 SETTINGS = {
     "g32": {"group_size": 32},
     "asym": {"group_size": 64, "symmetric": False},
@@ -44,16 +24,6 @@ SETTINGS = {
     "int8": {"bits": 8},
     "mixed": {"group_size": 32, "overrides": {"down": "int8 asym", "up": "int4 g64 asym"}},
 }
-
-
-def skeleton(dtype=torch.float32):
-    """Parameters without values."""
-    model = Model(dtype)
-    for module in model.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            setattr(module, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
-    model.head.weight = model.embed.weight
-    return model
 
 
 def export(folder, **options):
