@@ -145,47 +145,56 @@ def write_checkpoint(
     """Writes all files into a temporary folder beside, then moves them into `folder`, config.json last.
 
     Raises:
-        CheckpointError: the disk is full, or the folder cannot be written; what was there stays.
+        CheckpointError: other safetensors files are in the folder, or it cannot be written; what was there stays.
     """
-    target = Path(folder)
+    target = Path(folder).resolve()
+    shards = _shards(tensors, shard_bytes)
+    names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    files = dict(zip(names if len(shards) > 1 else [SINGLE], shards, strict=True))
+    others = sorted({p.name for p in target.glob("*.safetensors")} - {*files, SINGLE}) if target.is_dir() else []
+    if others:
+        raise CheckpointError(f"{target / others[0]}: readers would take it for a part of the checkpoint; move it away")
+    scratch = None
     try:
-        target.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.resolve().parent))
-    except OSError as e:
-        raise CheckpointError(f"{target} cannot be written: {e}") from e
-    try:
-        files = _write_files(scratch, tensors, shard_bytes)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        for file, shard in files.items():
+            _write_tensors(scratch / file, {name: tensors[name] for name in shard})
+        if len(files) > 1:
+            _write_json(scratch / INDEX, _index(files, tensors))
         _write_json(scratch / CONFIG, config)
-        for stale in {SINGLE, INDEX} - set(files):  # a reader would take the old one of the two
-            (target / stale).unlink(missing_ok=True)
-        for name in (*files, CONFIG):
-            os.replace(scratch / name, target / name)
+        _move_in(scratch, target, [*files, *([INDEX] if len(files) > 1 else []), CONFIG])
     except (OSError, SafetensorError) as e:
         raise CheckpointError(f"{target} cannot be written: {e}") from e
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _write_files(scratch: Path, tensors: Mapping[str, Tensor], shard_bytes: int) -> list[str]:
-    """The names of the files written, the index last."""
-    shards = _shards(tensors, shard_bytes)
-    names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-    names = names if len(shards) > 1 else [SINGLE]
-    for file, shard in zip(names, shards, strict=True):
-        _write_tensors(scratch / file, {name: tensors[name] for name in shard})
-    if len(shards) == 1:
-        return names
-    weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+def _move_in(scratch: Path, target: Path, names: list[str]) -> None:
+    target.mkdir(exist_ok=True)
+    for stale in {SINGLE, INDEX} - set(names):  # a reader would take the old one of the two
+        (target / stale).unlink(missing_ok=True)
+    for name in names:
+        os.replace(scratch / name, target / name)
+
+
+def _index(files: Mapping[str, list[str]], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    weight_map = {name: file for file, shard in files.items() for name in shard}
     size = sum(t.nbytes for t in tensors.values())
-    _write_json(scratch / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))})
-    return [*names, INDEX]
+    return {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    # a view of a larger tensor would be refused, or take the whole of it along
-    own = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
-    save_file(own, path, metadata={"format": "pt"})
+    save_file({name: _own(tensor) for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
     _sync(path)
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """On the CPU, with memory of its own: a view would be refused, or take the whole of its tensor along."""
+    tensor = tensor.detach().cpu()
+    is_whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+    return tensor if is_whole else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -103,6 +103,9 @@ class Reader:
         if self.method == "compressed-tensors":
             self.found = read_config(self.config, self.where)
             return
+        layout = self.config.get("checkpoint_format", "gptq")
+        if self.method == "gptq" and layout not in ("gptq", "gptq_v2"):
+            raise CheckpointError(f"{self.where}: checkpoint_format {layout!r}: 'gptq' or 'gptq_v2' can be read")
         if self._bits() == 8 and self.method == "gptq":
             return
         if self._bits() != 4:
@@ -176,8 +179,8 @@ class Reader:
         if self.method == "awq":
             stored = from_awq(weight, zeros, scales)
         else:
-            v2 = "gptq_v2" in (self.config.get("checkpoint_format"), self.config.get("quant_method"))
-            stored = from_gptq(weight, zeros, scales, self._order(want, groups), bits, 0 if v2 else 1)
+            offset = 0 if self.config.get("checkpoint_format") == "gptq_v2" else 1
+            stored = from_gptq(weight, zeros, scales, self._order(want, groups), bits, offset)
         symmetric = stored.weight_zero_point is None
         return StoredWeight(QuantScheme(bits, scheme.group_size, symmetric), stored)
 

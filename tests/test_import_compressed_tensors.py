@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import mono_quant_fx as mq
 from mono_quant_fx import foreign_packing, numerics
@@ -322,6 +323,8 @@ def test_a_config_that_cannot_be_read(change, message, tmp_path):
     ("method", "config", "change", "message"),
     [
         ("gptq", {}, put("up.g_idx", torch.arange(64, dtype=torch.int32) % 2), "desc_act=False or static_groups=True"),
+        ("gptq", {"checkpoint_format": "marlin"}, None, "checkpoint_format 'marlin': 'gptq' or 'gptq_v2' can be read"),
+        ("gptq", {"group_size": "32"}, None, "group_size '32' for 'up.weight'"),
         ("gptq", {"bits": 3}, None, "gptq of 3 bits"),
         ("gptq", {"bits": 8}, None, r"'up.qweight' is int32 \[8, 128\]; int32 \[16, 128\] is needed"),
         ("gptq", {"group_size": 48}, None, "a group_size that divides the 64 columns"),
@@ -345,3 +348,39 @@ def test_buffers_without_values_are_named(tmp_path):
     model.shift = model.shift.to("meta")
     with pytest.raises(mq.CheckpointError, match="'shift' is on the meta device, and a checkpoint does not hold it"):
         mq.import_compressed_tensors(tmp_path, model)
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_a_weight_that_the_model_holds_transposed(method, tmp_path):
+    """GPT-2's Conv1D holds [in, out]; the packed formats say nothing of that."""
+
+    class Transposed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = nn.Module()
+            self.up.weight = nn.Parameter(torch.empty(64, 128, device="meta"))
+            self.up.bias = nn.Parameter(torch.empty(128, device="meta"))
+
+        def forward(self, x):
+            return torch.addmm(self.up.bias, x, self.up.weight)
+
+    floats = foreign_folder(tmp_path, method)
+    bias = load_file(tmp_path / "model.safetensors")["up.bias"]
+
+    def only_up(tensors):
+        for name in [n for n in tensors if not n.startswith("up.")]:
+            del tensors[name]
+
+    rewrite(tmp_path, only_up)
+    gm = mq.import_compressed_tensors(tmp_path, Transposed().eval())
+    x = torch.randn(3, 64)
+    torch.testing.assert_close(gm(x), x @ floats["up"].t() + bias, rtol=1e-5, atol=1e-4)
+    assert gm.up.weight_packed.shape == (128, 8)
+
+
+def test_a_folder_of_another_model_and_a_bad_setting(tmp_path):
+    export(tmp_path, group_size=32)
+    with pytest.raises(mq.CheckpointError, match="it holds no quantized weight of this model"):
+        mq.import_compressed_tensors(tmp_path, nn.Sequential(nn.Linear(64, 64)).eval())
+    with pytest.raises(mq.ConfigError, match="compute='fast'"):
+        mq.import_compressed_tensors(tmp_path, skeleton(), compute="fast")
