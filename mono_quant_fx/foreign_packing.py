@@ -24,7 +24,7 @@ AWQ_NIBBLES = (0, 4, 1, 5, 2, 6, 3, 7)
 def unpack_words(words: Tensor, bits: int) -> Tensor:
     """int32 [..., n] -> uint8 [..., n * 32 / bits], the lowest bits first.
 
-    >>> unpack_words(torch.tensor([0x76543210]), 4)
+    >>> unpack_words(torch.tensor([0x76543210], dtype=torch.int32), 4)
     tensor([0, 1, 2, 3, 4, 5, 6, 7], dtype=torch.uint8)
     """
     bytes_ = _dense(words).view(torch.uint8)
