@@ -17,9 +17,6 @@ from torch import Tensor
 from mono_quant_fx import numerics
 from mono_quant_fx.numerics import QuantizedWeight
 
-#: AWQ: column j of a word's eight lies in this nibble, the inverse of the order 0 2 4 6 1 3 5 7.
-AWQ_NIBBLES = (0, 4, 1, 5, 2, 6, 3, 7)
-
 
 def unpack_words(words: Tensor, bits: int) -> Tensor:
     """int32 [..., n] -> uint8 [..., n * 32 / bits], the lowest bits first.
@@ -103,8 +100,8 @@ def _dense(tensor: Tensor) -> Tensor:
 
 
 def _in_order(nibbles: Tensor) -> Tensor:
-    """The columns of each AWQ word in their own order."""
-    return nibbles.unflatten(-1, (-1, 8))[..., list(AWQ_NIBBLES)].flatten(-2)
+    """The columns of each AWQ word in their own order: columns 2i and 2i + 1 lie in the nibbles i and i + 4."""
+    return nibbles.unflatten(-1, (-1, 2, 4)).transpose(-1, -2).flatten(-3)
 
 
 def _zero_point(unsigned: Tensor, bits: int) -> Tensor | None:
