@@ -13,6 +13,8 @@ from torch import nn
 import mono_quant_fx as mq
 from mono_quant_fx import foreign_packing, numerics
 from mono_quant_fx.annotation import annotated
+from mono_quant_fx.checkpoint_files import Checkpoint
+from mono_quant_fx.foreign_weights import Reader, Wanted
 from tests.checkpoint_models import IDS, Model, skeleton
 
 law = settings(deadline=None, derandomize=True, max_examples=40)
@@ -384,3 +386,39 @@ def test_a_folder_of_another_model_and_a_bad_setting(tmp_path):
         mq.import_compressed_tensors(tmp_path, nn.Sequential(nn.Linear(64, 64)).eval())
     with pytest.raises(mq.ConfigError, match="compute='fast'"):
         mq.import_compressed_tensors(tmp_path, skeleton(), compute="fast")
+
+
+def places(value, path=()):
+    """The path of every entry of nested JSON."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield (*path, key)
+        yield from places(inner, (*path, key))
+
+
+@pytest.mark.parametrize("form", ["compressed-tensors", "gptq", "awq"])
+def test_a_hostile_config_is_a_clean_error_or_means_the_same(form, tmp_path):
+    if form == "compressed-tensors":
+        export(tmp_path, group_size=32)
+    else:
+        foreign_folder(tmp_path, form, version="gemm")
+    text = (tmp_path / "config.json").read_text()
+    want = Wanted("up.weight", 128, 64, torch.float32)
+    expected = Reader.of(Checkpoint(tmp_path)).read(want).stored
+    errors = 0
+    for path in places(json.loads(text)):
+        for value in (None, "x", -1, [["y"]]):
+            config = json.loads(text)
+            owner = config
+            for key in path[:-1]:
+                owner = owner[key]
+            owner[path[-1]] = value
+            (tmp_path / "config.json").write_text(json.dumps(config))
+            try:
+                found = Reader.of(Checkpoint(tmp_path)).read(want)
+            except mq.CheckpointError:
+                errors += 1
+                continue
+            same = (torch.equal(a, b) for a, b in zip(found.stored, expected, strict=True) if a is not None)
+            assert all(same), (path, value)
+    assert errors > 8
