@@ -12,6 +12,7 @@ from mono_quant_fx.errors import (
     AccuracyError,
     CalibrationError,
     CaptureError,
+    CheckpointError,
     ConfigError,
     FileFormatError,
     GraphFormatError,
@@ -25,6 +26,8 @@ from mono_quant_fx.errors import (
     PreconditionError,
     WeightError,
 )
+from mono_quant_fx.export_compressed_tensors import export_compressed_tensors
+from mono_quant_fx.import_compressed_tensors import import_compressed_tensors
 from mono_quant_fx.loading import load
 from mono_quant_fx.metrics import max_abs_error, relative_error, sqnr_db
 from mono_quant_fx.modules import QuantizedLinearInt4
@@ -60,6 +63,7 @@ __all__ = [
     "AccuracyWarning",
     "CalibrationError",
     "CaptureError",
+    "CheckpointError",
     "CompileBackend",
     "CompileReport",
     "CompiledGraph",
@@ -101,7 +105,9 @@ __all__ = [
     "default_pipeline",
     "dequantize_model",
     "diff_graphs",
+    "export_compressed_tensors",
     "format_graph",
+    "import_compressed_tensors",
     "kernels",
     "load",
     "max_abs_error",

@@ -23,6 +23,10 @@ class WeightError(MonoQuantError, ValueError):
     """A weight cannot be quantized as asked (NaN or infinity, say); the message names it."""
 
 
+class CheckpointError(MonoQuantError, ValueError):
+    """A folder of files cannot be read or written as asked; the message names file, tensor and rule."""
+
+
 class CalibrationError(MonoQuantError, ValueError):
     """Calibration data is empty, does not fit the model, or fails inside it."""
 

@@ -19,11 +19,12 @@ SOURCES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "passes").glob("*.py")])
 #: Each layer may import the layers above its own line, and its own. Modules that are not named belong to the last.
 LAYERS = [
     {"errors", "version"},
-    {"checks", "records", "tensor_header"},
+    {"checks", "records", "tensor_header", "checkpoint_files"},
     {"tensor_writer"},
     {"tensor_file"},
     {"config"},
-    {"numerics", "metrics"},
+    {"numerics", "metrics", "compressed_tensors_config"},
+    {"foreign_packing"},
     {"native"},
     {"ops"},
     {"graph", "clip"},
@@ -59,11 +60,11 @@ LAYERS = [
     {"sequential"},
     {"capture", "lockstep", "dequantize_model", "saving"},
     {"capture_again", "result"},
-    {"accuracy"},
+    {"accuracy", "export_compressed_tensors", "foreign_weights"},
     {"validation", "shared_codes"},
     {"compile_report"},
     {"passes"},
-    {"compiler", "loading"},
+    {"compiler", "loading", "import_compressed_tensors"},
     {"compile_backend"},
     {"__init__", "__main__", "demo", "demo_model"},
 ]

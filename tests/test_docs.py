@@ -32,6 +32,7 @@ PAGES = (
     "docs/kernels.md",
     "docs/performance.md",
     "docs/compile.md",
+    "docs/compressed_tensors.md",
     "docs/reading_the_table.md",
     "docs/accuracy.md",
     "docs/saving.md",
