@@ -36,6 +36,7 @@ from mono_quant_fx.observers import (
 )
 from mono_quant_fx.pass_base import Pass, PassResult, Pipeline
 from mono_quant_fx.printing import diff_graphs, format_graph
+from mono_quant_fx.provenance import Step, history
 from mono_quant_fx.result import QuantizationInfo, QuantizationResult
 from mono_quant_fx.select_observer import ExperimentalWarning, select_observer
 from mono_quant_fx.table import AccuracyRow, AccuracyTable
@@ -84,6 +85,7 @@ __all__ = [
     "QuantizationResult",
     "QuantizedLinearInt4",
     "QuantizedWeight",
+    "Step",
     "ValidationResult",
     "WeightError",
     "capture",
@@ -94,6 +96,7 @@ __all__ = [
     "dequantize_model",
     "diff_graphs",
     "format_graph",
+    "history",
     "kernels",
     "max_abs_error",
     "measure_accuracy",

@@ -2,7 +2,8 @@
 
 A pass is a frozen dataclass (its fields are its options) with three hooks: `requires` checks the stage of the input,
 `rewrite` works on a clone in place, `ensures` checks the result. Everything else of the contract is done here: the
-input stays untouched, dead code and replaced tensors go, the graph is linted, and `modified` is computed.
+input stays untouched, dead code and replaced tensors go, the graph is linted, `modified` is computed, and each node
+learns what was done to it (see provenance.py).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any, ClassVar
 
 from torch import fx
 
-from mono_quant_fx import graph
+from mono_quant_fx import graph, provenance
 from mono_quant_fx.errors import ConfigError, MonoQuantError, PassError, PostconditionError, PreconditionError
 
 
@@ -56,6 +57,7 @@ class Pass(ABC):
             )
         self._check(self.requires(source), PreconditionError)
         result = graph.clone(source)
+        names = provenance.mark(result)
         try:
             self.rewrite(result)
             _tidy(result)
@@ -63,9 +65,12 @@ class Pass(ABC):
             raise
         except Exception as e:
             raise PassError(f"{self.name}: {type(e).__name__}: {e}") from e
+        marks = provenance.Marks(names, provenance.unmark(result))
         self._check(self.ensures(result), PostconditionError)
-        if graph.fingerprint(result) == graph.fingerprint(source):
+        before, after = graph.fingerprint(source), graph.fingerprint(result)
+        if after == before:
             return PassResult(source, False)
+        provenance.record(self.name, source, result, marks, before, after)
         return PassResult(result, True)
 
     def _check(self, complaint: str | None, error: type[PassError]) -> None:

@@ -26,8 +26,8 @@ def check_pass(
     args: tuple[Any, ...] | None = None,
     tolerance: float | None = 0.0,
 ) -> fx.GraphModule:
-    """Runs `pass_` on `gm` and checks: golden graphs, `modified`, input untouched bitwise, meta kept, second run a
-    no-op, deepcopy works, and (with `args`) the output within `tolerance` of the input graph's (None: any output).
+    """Runs `pass_` on `gm` and checks: golden graphs, `modified`, input untouched bitwise, meta kept, each
+    new node with an origin, second run a no-op, deepcopy works, and (with `args`) the output within `tolerance` of the input graph's (None: any output).
     Returns the resulting graph.
     """
     if before is not None:
@@ -40,9 +40,11 @@ def check_pass(
     if after is not None:
         assert_graph(result.graph_module, after)
     _check_meta(gm, result.graph_module)
+    _check_history(pass_, gm, result.graph_module)
     again = pass_(result)
     assert again.modified is False, "a second run changed the graph"
     assert again.graph_module is result.graph_module
+    _check_history(pass_, gm, again.graph_module)
     result.graph_module.graph.lint()
     twin = copy.deepcopy(result.graph_module)
     assert mq.format_graph(twin) == mq.format_graph(result.graph_module)
@@ -99,3 +101,22 @@ def _check_meta(before: fx.GraphModule, after: fx.GraphModule) -> None:
             continue
         for key in KEPT_META:
             assert node.meta.get(key) == twin.meta.get(key), (node.name, key)
+
+
+def _check_history(pass_: mq.Pass, before: fx.GraphModule, after: fx.GraphModule) -> None:
+    """Each node's history is that of a node before, and then what this pass did, each thing once."""
+    known = {mq.history(n) for n in before.graph.nodes} | {()}
+    old = {n.name: n for n in before.graph.nodes}
+    for node in after.graph.nodes:
+        own = [step for step in mq.history(node) if step.pass_name == pass_.name and step not in _steps(before)]
+        assert mq.history(node)[: len(mq.history(node)) - len(own)] in known, node.name
+        assert len(own) == len(set(own)), node.name
+        assert all(set(step.sources) <= set(old) and step.sources for step in own), f"{node.name} has no origin"
+        if node.name not in old:
+            assert [s.node for s in own if s.action == "created"] == [node.name], f"{node.name} has no origin"
+        elif (old[node.name].op, old[node.name].target) != (node.op, node.target):
+            assert any(s.action == "created" or s.what == "op" for s in own), f"{node.name} changed unseen"
+
+
+def _steps(gm: fx.GraphModule) -> set[mq.Step]:
+    return {step for node in gm.graph.nodes for step in mq.history(node)}

@@ -29,7 +29,7 @@ LAYERS = [
     {"refine"},
     {"rounding"},
     {"annotation", "weight_ops", "data", "state"},
-    {"codes"},
+    {"codes", "provenance"},
     {
         "pass_base",
         "rules",
