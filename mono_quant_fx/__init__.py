@@ -2,6 +2,7 @@
 
 from mono_quant_fx import passes
 from mono_quant_fx.accuracy import measure_accuracy
+from mono_quant_fx.bisection_report import Bisection, BisectionStep, Suspect
 from mono_quant_fx.capture import capture
 from mono_quant_fx.compile_backend import CompileBackend, compile_backend
 from mono_quant_fx.compile_report import CompiledGraph, CompileReport
@@ -19,8 +20,11 @@ from mono_quant_fx.errors import (
     PatternError,
     PostconditionError,
     PreconditionError,
+    UnknownNameError,
     WeightError,
 )
+from mono_quant_fx.explain import explain
+from mono_quant_fx.explanation import Chapter, Explanation
 from mono_quant_fx.metrics import max_abs_error, relative_error, sqnr_db
 from mono_quant_fx.modules import QuantizedLinearInt4
 from mono_quant_fx.native import Kernels, PerformanceWarning, kernels
@@ -55,13 +59,17 @@ __all__ = [
     "AccuracyRow",
     "AccuracyTable",
     "AccuracyWarning",
+    "Bisection",
+    "BisectionStep",
     "CalibrationError",
     "CaptureError",
+    "Chapter",
     "CompileBackend",
     "CompileReport",
     "CompiledGraph",
     "ConfigError",
     "ExperimentalWarning",
+    "Explanation",
     "HistogramObserver",
     "InputEnergyObserver",
     "Kernels",
@@ -86,6 +94,8 @@ __all__ = [
     "QuantizedLinearInt4",
     "QuantizedWeight",
     "Step",
+    "Suspect",
+    "UnknownNameError",
     "ValidationResult",
     "WeightError",
     "capture",
@@ -95,6 +105,7 @@ __all__ = [
     "default_pipeline",
     "dequantize_model",
     "diff_graphs",
+    "explain",
     "format_graph",
     "history",
     "kernels",

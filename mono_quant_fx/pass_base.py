@@ -9,13 +9,15 @@ learns what was done to it (see provenance.py).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from torch import fx
 
-from mono_quant_fx import graph, provenance
+from mono_quant_fx import bisection, graph, provenance
+from mono_quant_fx.bisection_report import Bisection
+from mono_quant_fx.data import Prepare
 from mono_quant_fx.errors import ConfigError, MonoQuantError, PassError, PostconditionError, PreconditionError
 
 
@@ -115,3 +117,39 @@ class Pipeline:
                 self.callback(item, current, result)
             current, modified = result.graph_module, modified or result.modified
         return PassResult(current, modified)
+
+    def bisect(
+        self,
+        gm: fx.GraphModule | PassResult,
+        data: Iterable[Any],
+        threshold_db: float,
+        *,
+        prepare_batch: Prepare | None = None,
+    ) -> Bisection:
+        """Runs the passes one by one and finds the pass, and in it the node, where accuracy is lost.
+
+        After each pass the model's output is measured against `gm`. For the first pass after which its SQNR is below
+        `threshold_db`, each node is measured against the graph right before that pass, and the error of each of the
+        worst is carried to the output by itself. A constant counts for the op that reads it. The callback is not
+        called.
+
+        Args:
+            gm: the float graph.
+            data: an iterable of batches to measure on. Passes that need data carry their own.
+            prepare_batch: turns a batch into the model's arguments.
+
+        Raises:
+            ConfigError: threshold_db is no finite number. CalibrationError: no data, data that does not fit, or a graph
+            that does not run (names the pass). PreconditionError: `gm` is no GraphModule, its output holds no
+            floating-point tensor or differs from run to run. PassError: a pass fails.
+
+        >>> import torch
+        >>> import mono_quant_fx as mq
+        >>> _ = torch.manual_seed(0)
+        >>> gm = mq.capture(torch.nn.Sequential(torch.nn.Linear(128, 64)).eval())
+        >>> found = mq.default_pipeline().bisect(gm, [torch.randn(8, 128)], 30.0)
+        >>> found.culprit_pass, found.culprit_node
+        ('int4-lowering', 'linear')
+        """
+        source = gm.graph_module if isinstance(gm, PassResult) else gm
+        return bisection.bisect(self.passes, source, data, threshold_db, prepare_batch)

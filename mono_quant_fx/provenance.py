@@ -51,7 +51,7 @@ class Step:
 
 
 def history(node: fx.Node) -> tuple[Step, ...]:
-    """What passes did to a node, oldest first, beginning with what they did to the node that it was made from.
+    """What passes did to a node, oldest first, beginning with what they did to the nodes that it was made from.
 
     Empty for a node that is as it was captured. Steps are plain data; they stay through clones and later passes.
 
@@ -125,7 +125,9 @@ def record(
     for node, token in zip(list(result.graph.nodes), after[0], strict=True):
         name = marks.names.get(node)
         if name is None:
-            _add(node, [Step(pass_name, "created", node.name, marks.origin(node), after=_call(node))])
+            inherited = [step for origin in marks.found.get(node, ()) for step in history(old[origin][0])]
+            created = Step(pass_name, "created", node.name, marks.origin(node), after=_call(node))
+            node.meta[HISTORY] = tuple(dict.fromkeys([*inherited, created]))
             continue
         twin, was = old[name]
         steps = list(_changes(pass_name, twin, node, set(token[-1]) - set(was[-1]))) if token != was else []

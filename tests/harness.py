@@ -26,9 +26,9 @@ def check_pass(
     args: tuple[Any, ...] | None = None,
     tolerance: float | None = 0.0,
 ) -> fx.GraphModule:
-    """Runs `pass_` on `gm` and checks: golden graphs, `modified`, input untouched bitwise, meta kept, each
-    new node with an origin, second run a no-op, deepcopy works, and (with `args`) the output within `tolerance` of the input graph's (None: any output).
-    Returns the resulting graph.
+    """Runs `pass_` on `gm` and checks: golden graphs, `modified`, input untouched bitwise, meta kept, each new node
+    with an origin, second run a no-op, deepcopy works, and (with `args`) the output within `tolerance` of the input graph's
+    (None: any output). Returns the resulting graph.
     """
     if before is not None:
         assert_graph(gm, before)
@@ -104,19 +104,19 @@ def _check_meta(before: fx.GraphModule, after: fx.GraphModule) -> None:
 
 
 def _check_history(pass_: mq.Pass, before: fx.GraphModule, after: fx.GraphModule) -> None:
-    """Each node's history is that of a node before, and then what this pass did, each thing once."""
-    known = {mq.history(n) for n in before.graph.nodes} | {()}
+    """Each node keeps what its history told before; what this pass did stands behind it, once, and has a source."""
+    earlier = {step for node in before.graph.nodes for step in mq.history(node)}
     old = {n.name: n for n in before.graph.nodes}
     for node in after.graph.nodes:
-        own = [step for step in mq.history(node) if step.pass_name == pass_.name and step not in _steps(before)]
-        assert mq.history(node)[: len(mq.history(node)) - len(own)] in known, node.name
-        assert len(own) == len(set(own)), node.name
-        assert all(set(step.sources) <= set(old) and step.sources for step in own), f"{node.name} has no origin"
-        if node.name not in old:
-            assert [s.node for s in own if s.action == "created"] == [node.name], f"{node.name} has no origin"
-        elif (old[node.name].op, old[node.name].target) != (node.op, node.target):
-            assert any(s.action == "created" or s.what == "op" for s in own), f"{node.name} changed unseen"
-
-
-def _steps(gm: fx.GraphModule) -> set[mq.Step]:
-    return {step for node in gm.graph.nodes for step in mq.history(node)}
+        steps = mq.history(node)
+        own = [step for step in steps if step not in earlier]
+        assert list(steps[len(steps) - len(own) :]) == own and len(steps) == len(set(steps)), node.name
+        assert all(step.pass_name == pass_.name for step in own), node.name
+        assert all(step.sources and set(step.sources) <= set(old) for step in own), f"{node.name} has no origin"
+        created = [step.node for step in own if step.action == "created"]
+        twin = old.get(node.name)
+        if twin is None:
+            assert created == [node.name], f"{node.name} has no origin"
+        elif not created:
+            assert steps[: len(steps) - len(own)] == mq.history(twin), node.name
+            assert (twin.op, twin.target) == (node.op, node.target) or own, f"{node.name} changed unseen"
