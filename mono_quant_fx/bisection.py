@@ -62,7 +62,7 @@ def bisect(
     batches, samples = collect(data, 1 << 62, prepare_batch)
     _check_reference(gm, batches)
     steps: list[BisectionStep] = []
-    found: tuple[Stage, fx.GraphModule, fx.GraphModule] | None = None
+    found: tuple[fx.GraphModule, fx.GraphModule] | None = None
     current, output_db = gm, math.inf
     for stage in stages:
         start = time.perf_counter()
@@ -72,7 +72,7 @@ def bisect(
             output_db = _after(stage, gm, result.graph_module, batches).output_db()
         steps.append(BisectionStep(stage.name, output_db, result.modified, seconds))
         if found is None and output_db < threshold_db:
-            found = stage, current, result.graph_module
+            found = current, result.graph_module
         current = result.graph_module
     if found is None:
         return Bisection(float(threshold_db), tuple(steps), samples)
@@ -119,10 +119,10 @@ def _compare(a: fx.GraphModule, b: fx.GraphModule, batches: list[Batch], local_a
 def _blame(
     report: Bisection,
     reference: fx.GraphModule,
-    found: tuple[Stage, fx.GraphModule, fx.GraphModule],
+    found: tuple[fx.GraphModule, fx.GraphModule],
     batches: list[Batch],
 ) -> Bisection:
-    stage, before, after = found
+    before, after = found
     index = next(i for i, step in enumerate(report.steps) if step.output_db < report.threshold_db)
     constant = graph.constant_nodes(after)
     nodes = {n.name: n for n in after.graph.nodes if not constant[n] and n.op.startswith("call_")}

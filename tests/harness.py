@@ -26,9 +26,9 @@ def check_pass(
     args: tuple[Any, ...] | None = None,
     tolerance: float | None = 0.0,
 ) -> fx.GraphModule:
-    """Runs `pass_` on `gm` and checks: golden graphs, `modified`, input untouched bitwise, meta kept, each new node
-    with an origin, second run a no-op, deepcopy works, and (with `args`) the output within `tolerance` of the input graph's
-    (None: any output). Returns the resulting graph.
+    """Runs `pass_` on `gm` and checks: golden graphs, `modified`, input untouched bitwise, meta kept, an origin for
+    each new node, second run a no-op, deepcopy works, and (with `args`) the output within `tolerance` of the input
+    graph's (None: any output). Returns the resulting graph.
     """
     if before is not None:
         assert_graph(gm, before)
