@@ -82,8 +82,8 @@ class Bisection:
             return f"no loss: the output stays at or above {self.threshold_db:g} dB after every pass"
         db = self.steps[self.culprit_index].output_db
         return (
-            f"{self.culprit_pass} (pass {self.culprit_index + 1} of {len(self.steps)}) takes the output to {db:.1f} dB, "
-            f"below {self.threshold_db:g} dB; its change of {self.culprit_node} costs most, and the first node below "
+            f"{self.culprit_pass} (pass {self.culprit_index + 1} of {len(self.steps)}) takes the output to {db:.1f} dB"
+            f", below {self.threshold_db:g} dB; its change of {self.culprit_node} costs most, and the first node below "
             f"is {self.first_node}"
         )
 

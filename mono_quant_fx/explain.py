@@ -73,6 +73,8 @@ class _Book:
         Raises:
             UnknownNameError: nothing has.
         """
+        if not isinstance(name, str) or not name:
+            raise UnknownNameError(self._unknown(name))
         told = [pair for pair in self.weights if self._is_about(*pair, name)]
         nodes = [
             node for node in self.gm.graph.nodes if node.name == name or name in (_target(node), *self.paths[node])

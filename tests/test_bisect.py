@@ -17,7 +17,7 @@ from tests.models import MLP, ConvNet, Reused, TiedLM
 
 #: What sound INT8 keeps in the models below, and what a broken pass does not.
 THRESHOLD_DB = 25.0
-INT8 = {"bits": 8, "skip_param_threshold": 0, "default_skips": False}
+INT8 = {"bits": 8, "skip_param_threshold": 0, "default_skips": False, "algorithm": "rtn"}
 
 
 class Tower(nn.Module):
