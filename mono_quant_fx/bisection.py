@@ -21,10 +21,10 @@ from mono_quant_fx.errors import CalibrationError, ConfigError, PreconditionErro
 from mono_quant_fx.lockstep import Lockstep
 from mono_quant_fx.metrics import ErrorSum
 from mono_quant_fx.run import run_batch
+from mono_quant_fx.state import written
 
-#: How many nodes have their own error carried to the output, those with the lowest local SQNR first.
-MOST_SUSPECTS = 8
-_INJECTED = "mono_quant_fx_injected"
+#: Every node that the pass changed has its own error carried to the output on a few samples, the costliest on all.
+FEW_SAMPLES, MOST_SUSPECTS = 4, 8
 
 
 class Stage(Protocol):
@@ -130,7 +130,10 @@ def _blame(
     first = next((n for n in nodes if n in drifted and _db(drifted[n]) < report.threshold_db), "output")
     own = {n: _db(total) for n, total in _compare(before, after, batches, set(nodes)).local.items() if total.batches}
     order = list(nodes)
-    worst = sorted((n for n in own if own[n] < math.inf), key=lambda n: (own[n], order.index(n)))[:MOST_SUSPECTS]
+    worst = [n for n in order if own.get(n, math.inf) < math.inf]
+    if len(worst) > MOST_SUSPECTS:
+        few = _carried(before, after, [batches[0].first(FEW_SAMPLES)], worst)
+        worst = sorted(worst, key=lambda n: (few[n], order.index(n)))[:MOST_SUSPECTS]
     alone = _carried(before, after, batches, worst)
     suspects = [
         Suspect(n, graph.op_name(nodes[n]), graph.module_path(nodes[n]), own[n], alone[n])
@@ -142,33 +145,21 @@ def _blame(
 
 def _carried(before: fx.GraphModule, after: fx.GraphModule, batches: list[Batch], names: list[str]) -> dict[str, float]:
     """SQNR of the output when one of these nodes alone is as it is after the pass, and all else as before it."""
-    twins = {name: _with_injection(before, name) for name in names}
-    errors: dict[str, ErrorSum] = defaultdict(ErrorSum)
+    exact = _isolated(before)
+    is_stateful = bool(written(before))  # then each node's runs need a state of their own
+    twins = {name: _isolated(before) if is_stateful else exact for name in names}
+    errors = {name: ErrorSum() for name in names}
     plan = Lockstep(_isolated(before), _isolated(after), set(names))
     for number, batch in enumerate(batches):
-        outputs: list[Any] = []
+        expected = run_batch(exact, batch, number)
 
-        def visit(node: fx.Node, expected: Any, _: Any, local: Any, outputs: list[Any] = outputs) -> None:
-            if node.op == "output":
-                outputs.append(expected)
-            elif local is not None:
-                setattr(twins[node.name], _INJECTED, local)
+        def visit(node: fx.Node, _: Any, __: Any, local: Any, batch: Batch = batch, expected: Any = expected) -> None:
+            if local is not None:
+                actual = run_batch(twins[node.name], batch, replaced={node.name: local})
+                _add(errors[node.name], expected, actual)
 
         plan.run(batch, number, visit)
-        for name, twin in twins.items():
-            _add(errors[name], outputs[0], run_batch(twin, batch, number))
-            setattr(twin, _INJECTED, None)
-    return {name: _db(errors[name]) for name in names}
-
-
-def _with_injection(gm: fx.GraphModule, name: str) -> fx.GraphModule:
-    """A copy in which the readers of a node read an attribute instead."""
-    twin = _isolated(graph.clone(gm))
-    node = next(n for n in twin.graph.nodes if n.name == name)
-    with twin.graph.inserting_after(node):
-        injected = twin.graph.create_node("get_attr", _INJECTED)
-    node.replace_all_uses_with(injected)
-    return twin
+    return {name: _db(total) for name, total in errors.items()}
 
 
 def _isolated(gm: fx.GraphModule) -> fx.GraphModule:

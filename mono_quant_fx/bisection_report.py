@@ -51,7 +51,7 @@ class Bisection:
             changed, only what the model returns.
         first_node: the first node after that pass, in execution order, whose output is below the threshold against the
             float graph's node of that name.
-        suspects: the nodes that the pass changed most, the costliest first.
+        suspects: of the nodes that the pass changed at most 8, the costliest first.
     """
 
     threshold_db: float

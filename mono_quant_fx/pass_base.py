@@ -129,9 +129,9 @@ class Pipeline:
         """Runs the passes one by one and finds the pass, and in it the node, where accuracy is lost.
 
         After each pass the model's output is measured against `gm`. For the first pass after which its SQNR is below
-        `threshold_db`, each node is measured against the graph right before that pass, and the error of each of the
-        worst is carried to the output by itself. A constant counts for the op that reads it. The callback is not
-        called.
+        `threshold_db`, each node is measured against the graph right before that pass, and the error of each that
+        it changed is carried to the output by itself. With many of them that is done on 4 samples, and for the 8
+        costliest on all. A constant counts for the op that reads it. The callback is not called.
 
         Args:
             gm: the float graph.

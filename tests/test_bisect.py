@@ -294,3 +294,47 @@ def test_the_merged_op_that_is_blamed_computes_both():
     out = pipeline_for(batches)(gm).graph_module
     (whole,) = [n for n in out.graph.nodes if n.name == "linear_merged"]
     assert LinearCall.read(whole).outputs(out) == 128
+
+
+class Deep(nn.Module):
+    """Ten linears behind skips, of which only the last says much to the output."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(64, 64) for _ in range(10))
+        self.head = nn.Linear(64, 16)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + 0.01 * layer(x)
+        return self.head(x)
+
+
+def test_the_costliest_node_is_found_among_many_that_are_worse_by_themselves():
+    model = Deep().eval()
+    with torch.no_grad():
+        for layer in model.layers:
+            layer.weight[:, 0] *= 40
+    found = mq.default_pipeline(mq.QuantConfig(group_size=64)).bisect(mq.capture(model), [torch.randn(16, 64)], 40.0)
+    assert (found.culprit_pass, found.culprit_node) == ("int4-lowering", "linear_10"), found
+    assert len(found.suspects) == 8
+    assert found.suspects[0].local_db > max(s.local_db for s in found.suspects[1:])
+
+
+def test_a_graph_that_writes_its_state_is_bisected_without_a_trace():
+    class Running(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(64, 64), nn.Linear(64, 64)
+            self.register_buffer("seen", torch.zeros(64))
+
+        def forward(self, x):
+            self.seen.add_(self.a(x).mean(0))
+            return self.b(x + self.seen)
+
+    gm, batches = mq.capture(Running().eval(), torch.randn(4, 64), method="export"), data_for(None)
+    before = Snapshot(gm)
+    found = spoiled(pipeline_for(batches), Scaled("b.weight_scale"), "dequant-fusion").bisect(gm, batches, 25.0)
+    before.check(gm)
+    assert found.culprit_pass == "scaled"
+    assert [s.module for s in found.suspects] == ["b"]

@@ -34,6 +34,7 @@ PAGES = (
     "docs/compile.md",
     "docs/reading_the_table.md",
     "docs/accuracy.md",
+    "docs/explain.md",
     "docs/writing_a_pass.md",
     "docs/glossary.md",
     "docs/contributing.md",
