@@ -21,7 +21,7 @@ from mono_quant_fx.errors import CalibrationError, ConfigError, PreconditionErro
 from mono_quant_fx.lockstep import Lockstep
 from mono_quant_fx.metrics import ErrorSum
 from mono_quant_fx.run import run_batch
-from mono_quant_fx.state import written
+from mono_quant_fx.state import writes, written
 
 #: Every node that the pass changed has its own error carried to the output on a few samples, the costliest on all.
 FEW_SAMPLES, MOST_SUSPECTS = 4, 8
@@ -128,7 +128,8 @@ def _blame(
     nodes = {n.name: n for n in after.graph.nodes if not constant[n] and n.op.startswith("call_")}
     drifted = _compare(reference, after, batches, set()).accumulated
     first = next((n for n in nodes if n in drifted and _db(drifted[n]) < report.threshold_db), "output")
-    own = {n: _db(total) for n, total in _compare(before, after, batches, set(nodes)).local.items() if total.batches}
+    again = {n for n, node in nodes.items() if not writes(node)}  # what writes must not run a second time
+    own = {n: _db(total) for n, total in _compare(before, after, batches, again).local.items() if total.batches}
     order = list(nodes)
     worst = [n for n in order if own.get(n, math.inf) < math.inf]
     if len(worst) > MOST_SUSPECTS:
