@@ -2,6 +2,7 @@
 
 from mono_quant_fx import passes
 from mono_quant_fx.accuracy import measure_accuracy
+from mono_quant_fx.bisection_report import Bisection, BisectionStep, Suspect
 from mono_quant_fx.capture import capture
 from mono_quant_fx.compile_backend import CompileBackend, compile_backend
 from mono_quant_fx.compile_report import CompiledGraph, CompileReport
@@ -24,8 +25,11 @@ from mono_quant_fx.errors import (
     PlanError,
     PostconditionError,
     PreconditionError,
+    UnknownNameError,
     WeightError,
 )
+from mono_quant_fx.explain import explain
+from mono_quant_fx.explanation import Chapter, Explanation
 from mono_quant_fx.export_compressed_tensors import export_compressed_tensors
 from mono_quant_fx.import_compressed_tensors import import_compressed_tensors
 from mono_quant_fx.loading import load
@@ -44,6 +48,7 @@ from mono_quant_fx.observers import (
 )
 from mono_quant_fx.pass_base import Pass, PassResult, Pipeline
 from mono_quant_fx.printing import diff_graphs, format_graph
+from mono_quant_fx.provenance import Step, history
 from mono_quant_fx.result import QuantizationInfo, QuantizationResult, save
 from mono_quant_fx.select_observer import ExperimentalWarning, select_observer
 from mono_quant_fx.table import AccuracyRow, AccuracyTable
@@ -61,14 +66,18 @@ __all__ = [
     "AccuracyRow",
     "AccuracyTable",
     "AccuracyWarning",
+    "Bisection",
+    "BisectionStep",
     "CalibrationError",
     "CaptureError",
+    "Chapter",
     "CheckpointError",
     "CompileBackend",
     "CompileReport",
     "CompiledGraph",
     "ConfigError",
     "ExperimentalWarning",
+    "Explanation",
     "FileFormatError",
     "GraphFormatError",
     "HistogramObserver",
@@ -96,6 +105,9 @@ __all__ = [
     "QuantizationResult",
     "QuantizedLinearInt4",
     "QuantizedWeight",
+    "Step",
+    "Suspect",
+    "UnknownNameError",
     "ValidationResult",
     "WeightError",
     "capture",
@@ -105,8 +117,10 @@ __all__ = [
     "default_pipeline",
     "dequantize_model",
     "diff_graphs",
+    "explain",
     "export_compressed_tensors",
     "format_graph",
+    "history",
     "import_compressed_tensors",
     "kernels",
     "load",

@@ -31,6 +31,10 @@ class CalibrationError(MonoQuantError, ValueError):
     """Calibration data is empty, does not fit the model, or fails inside it."""
 
 
+class UnknownNameError(MonoQuantError, LookupError):
+    """A graph has no node, module or weight of that name; the message lists the nearest names."""
+
+
 class NothingQuantizedError(MonoQuantError):
     """Not one weight would be quantized; the message counts the reasons."""
 

@@ -35,6 +35,7 @@ PAGES = (
     "docs/compressed_tensors.md",
     "docs/reading_the_table.md",
     "docs/accuracy.md",
+    "docs/explain.md",
     "docs/saving.md",
     "docs/writing_a_pass.md",
     "docs/glossary.md",
