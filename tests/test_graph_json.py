@@ -372,10 +372,22 @@ HOSTILE: dict[str, tuple[str, Any, str]] = {
     "in place": ("tied", put("call_function", target="operator.iadd", args=[1, 2]), "which is no node"),
     "int": ("tied", put("call_function", args=[10**5000]), "a very large int"),
     "depth": ("tied", put("call_function", args=[functools.reduce(lambda a, _: [a], range(900), 1)]), "32 deep"),
-    "module": ("leaf", lambda d: d["graph"]["modules"]["leaf"].update({"class": "Module"}), "a module's class is 'Module'"),
+    "module": (
+        "leaf",
+        lambda d: d["graph"]["modules"]["leaf"].update({"class": "Module"}),
+        "a module's class is 'Module'",
+    ),
     "eval": ("leaf", lambda d: d["graph"]["modules"]["leaf"].update({"class": "builtins.eval"}), "'builtins.eval'"),
-    "layers": ("leaf", lambda d: d["graph"]["modules"]["leaf"]["args"].update(num_layers=10**9), "num_layers is 1000000000"),
-    "sizes": ("leaf", lambda d: d["graph"]["modules"]["leaf"]["args"].update(hidden_size=17), "'s shape is|its tensors"),
+    "layers": (
+        "leaf",
+        lambda d: d["graph"]["modules"]["leaf"]["args"].update(num_layers=10**9),
+        "num_layers is 1000000000",
+    ),
+    "sizes": (
+        "leaf",
+        lambda d: d["graph"]["modules"]["leaf"]["args"].update(hidden_size=17),
+        "'s shape is|its tensors",
+    ),
     "colon": ("export", put("placeholder", args=[f"#:{RUN}"]), "without either"),
     "keywords": ("export", lambda d: d["graph"]["codegen"]["arguments"].append(f"a={RUN}"), "different Python names"),
     "inputs": (
@@ -428,7 +440,11 @@ def test_a_string_with_quotes_is_a_string(capsys):
 
 def test_tensors_are_checked_against_their_records():
     text, tensors = real("tied")
-    for change, message in (({"spare": x(2)}, "no record"), ({"fc.bias": x(3)}, "shape"), ({"fc.bias": None}, "torch.Tensor")):
+    for change, message in (
+        ({"spare": x(2)}, "no record"),
+        ({"fc.bias": x(3)}, "shape"),
+        ({"fc.bias": None}, "torch.Tensor"),
+    ):
         with pytest.raises(mq.GraphFormatError, match=message):
             graph_from_json(json.loads(text), {**tensors, **change})
     with pytest.raises(mq.GraphFormatError, match="not among the tensors given"):
