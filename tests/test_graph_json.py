@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
-import operator
+import random
 from typing import Any
 
 import pytest
@@ -43,7 +43,7 @@ def round_trip(gm: fx.GraphModule, inputs: Any) -> fx.GraphModule:
     assert back.code == gm.code
     assert [(n.name, a) for n, a in annotated(back)] == [(n.name, a) for n, a in annotated(gm)]
     for old, new in zip(gm.graph.nodes, back.graph.nodes, strict=True):
-        assert [u.name for u in old.users] == [u.name for u in new.users]
+        assert {u.name for u in old.users} == {u.name for u in new.users}
         assert graph.module_stack(old) == graph.module_stack(new)
         assert old.meta.get("stack_trace") == new.meta.get("stack_trace")
     for name, tensor in graph.named_tensors(gm):
@@ -451,9 +451,14 @@ def test_tensors_are_checked_against_their_records():
         graph_from_json(json.loads(text), {k: v for k, v in tensors.items() if k != "fc.bias"})
 
 
-def places(data: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    keys = data.keys() if isinstance(data, dict) else range(len(data)) if isinstance(data, list) else ()
-    return [path, *(p for key in keys for p in places(data[key], (*path, key)))]
+def spot(data: Any, chance: random.Random) -> tuple[Any, Any]:
+    """A container somewhere in the data and one of its keys."""
+    while True:
+        key = chance.choice(list(data) if isinstance(data, dict) else range(len(data)))
+        inner = data[key]
+        if not isinstance(inner, dict | list) or not inner or chance.random() < 0.2:
+            return data, key
+        data = inner
 
 
 JUNK: list[Any] = [
@@ -463,28 +468,27 @@ JUNK: list[Any] = [
 
 
 @pytest.mark.parametrize("base", ["tied", "leaf", "export"])
-@given(choice=st.data())
-@settings(derandomize=True, deadline=None, max_examples=150)
-def test_mutated_graphs_are_refused_or_still_graphs(base, choice):
+@pytest.mark.parametrize("block", range(5))
+def test_mutated_graphs_are_refused_or_still_graphs(base, block):
     text, tensors = real(base)
-    data = json.loads(text)
-    for _ in range(choice.draw(st.integers(1, 3))):
-        spot = choice.draw(st.sampled_from(places(data)[1:]))
-        owner = functools.reduce(operator.getitem, spot[:-1], data)
-        action = choice.draw(st.sampled_from(["junk", "drop", "copy"]))
-        if action == "junk":
-            owner[spot[-1]] = copy.deepcopy(choice.draw(st.sampled_from(JUNK)))
-        elif action == "drop":
-            del owner[spot[-1]]
-        else:
-            other = choice.draw(st.sampled_from(places(data)[1:]))
-            owner[spot[-1]] = copy.deepcopy(functools.reduce(operator.getitem, other, data))
-    try:
-        gm = graph_from_json(data, tensors)
-    except mq.GraphFormatError as error:
-        assert len(str(error)) < 4000
-    else:
-        gm.graph.lint()
+    refused = 0
+    for seed in range(block * 30, block * 30 + 30):
+        chance, data = random.Random(seed), json.loads(text)
+        for _ in range(chance.randint(1, 3)):
+            owner, key = spot(data, chance)
+            action = chance.choice(["junk", "drop", "copy"])
+            if action == "drop" and len(owner) > 1:
+                del owner[key]
+            elif action == "junk":
+                owner[key] = copy.deepcopy(chance.choice(JUNK))
+            else:
+                other, name = spot(json.loads(text), chance)
+                owner[key] = copy.deepcopy(other[name])
+        try:
+            graph_from_json(data, tensors).graph.lint()
+        except mq.GraphFormatError:
+            refused += 1
+    assert refused > 10
 
 
 @given(st.recursive(st.sampled_from(JUNK), lambda i: st.lists(i) | st.dictionaries(st.text(), i), max_leaves=10))
