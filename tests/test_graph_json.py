@@ -296,7 +296,7 @@ def of_calls(*calls: Any) -> fx.GraphModule:
 
 REFUSALS: dict[str, tuple[Any, str]] = {
     "a module class": (lambda: traced(nn.Sequential(Odd()), Odd), r"node '_0': the module class .*Odd"),
-    "a hook": (lambda: traced(nn.Sequential(hooked(nn.GELU())), Odd), r"a hook hangs on 0"),
+    "a hook": (lambda: traced(nn.Sequential(hooked(nn.GELU())), Odd), r"a hook hangs on the graph\.0"),
     "a forward": (lambda: traced(nn.Sequential(overridden(nn.GELU())), Odd), r"node '_0'.*forward is overridden"),
     "a parametrization": (
         lambda: traced(nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))), Odd),
@@ -369,7 +369,7 @@ HOSTILE: dict[str, tuple[str, Any, str]] = {
         "getattr reads '__class__'",
     ),
     "operator": ("tied", put("call_function", target="operator.add", args=[]), "takes 2 arguments"),
-    "in place": ("tied", put("call_function", target="operator.iadd", args=[1, 2]), "which is no node"),
+    "in place": ("tied", put("call_function", target="operator.iadd", args=[1, 2], kwargs={}), "which is no node"),
     "int": ("tied", put("call_function", args=[10**5000]), "a very large int"),
     "depth": ("tied", put("call_function", args=[functools.reduce(lambda a, _: [a], range(900), 1)]), "32 deep"),
     "module": (
