@@ -62,7 +62,8 @@ FUNCTIONS = {
     "torch.special": "digamma entr erf erfc erfinv exp2 expit expm1 i0 i0e log1p log_softmax logit logsumexp softmax",
     "operator": (
         "abs add and_ concat contains eq floordiv ge getitem gt iadd iand ifloordiv ilshift imatmul imod imul index "
-        "inv invert ior ipow irshift isub itruediv ixor le lshift lt matmul mod mul ne neg not_ or_ pos pow rshift setitem "
+        "inv invert ior ipow irshift isub itruediv ixor le lshift lt matmul mod mul ne neg not_ or_ pos pow "
+        "rshift setitem "
         "sub truediv truth xor"
     ),
     "math": (
@@ -95,7 +96,8 @@ METHODS = (
     "logcumsumexp logdet logical_and logical_not logical_or logical_xor logit logsumexp long lt masked_fill "
     "masked_scatter masked_select matmul matrix_exp matrix_power max maximum mean median min minimum mm mode moveaxis "
     "movedim msort mul multinomial multiply mv mvlgamma nan_to_num nanmean nanmedian nanquantile nansum narrow "
-    "ndimension ne neg negative nelement new_empty new_full new_ones new_tensor new_zeros nextafter nonzero norm not_equal numel "
+    "ndimension ne neg negative nelement new_empty new_full new_ones new_tensor new_zeros nextafter nonzero "
+    "norm not_equal numel "
     "outer permute pinverse polygamma positive pow prelu prod quantile rad2deg ravel reciprocal relu remainder renorm "
     "repeat repeat_interleave reshape reshape_as resolve_conj resolve_neg roll rot90 round rsqrt scatter scatter_add "
     "scatter_reduce select select_scatter sgn short sigmoid sign signbit sin sinc sinh size slice_scatter softmax sort "

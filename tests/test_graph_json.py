@@ -165,8 +165,8 @@ SIMPLE = {
     "BatchNorm2d": {"num_features": 4, "affine": False}, "GroupNorm": {"num_groups": 2, "num_channels": 4},
     "InstanceNorm1d": {"num_features": 4, "affine": True}, "AdaptiveAvgPool2d": {"output_size": (None, 3)},
     "AvgPool2d": {"kernel_size": 2, "divisor_override": 3}, "Unflatten": {"dim": 1, "unflattened_size": (2, -1)},
-    "Upsample": {"scale_factor": 2.0, "mode": "bilinear", "align_corners": True}, "Fold": {"output_size": 4, "kernel_size": 2},
-    "Embedding": {"num_embeddings": 5, "embedding_dim": 3, "padding_idx": 1}, "LSTMCell": {"input_size": 3, "hidden_size": 4},
+    "Upsample": {"scale_factor": 2.0, "mode": "bilinear", "align_corners": True}, "Fold": {"output_size": 4, "kernel_size": 2},  # noqa: E501
+    "Embedding": {"num_embeddings": 5, "embedding_dim": 3, "padding_idx": 1}, "LSTMCell": {"input_size": 3, "hidden_size": 4},  # noqa: E501
     "EmbeddingBag": {"num_embeddings": 5, "embedding_dim": 3, "mode": "max"},
     "ConvTranspose2d": {"in_channels": 2, "out_channels": 4, "kernel_size": 3, "groups": 2, "bias": False},
     "Conv2d": {"in_channels": 2, "out_channels": 4, "kernel_size": 3, "padding": "same", "padding_mode": "reflect"},
@@ -207,7 +207,7 @@ def test_the_blocks_of_an_export_come_back_as_graphs_and_guards():
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**62), 2**62) | st.floats() | st.text() | st.just(...)
-    | st.sampled_from([torch.float16, torch.strided, torch.channels_last, torch.device("cuda:1"), torch.Size([2, 3]), 1 + 2j])
+    | st.sampled_from([torch.float16, torch.strided, torch.channels_last, torch.device("cuda:1"), torch.Size([2, 3]), 1 + 2j])  # noqa: E501
     | st.builds(slice, st.integers(0, 9), st.none()) | st.builds(range, st.integers(0, 9)),
     lambda inner: st.lists(inner, max_size=3) | st.lists(inner, max_size=3).map(tuple)
     | st.dictionaries(st.text(max_size=3) | st.integers(0, 9), inner, max_size=3),
@@ -462,7 +462,7 @@ def spot(data: Any, chance: random.Random) -> tuple[Any, Any]:
 
 
 JUNK: list[Any] = [
-    None, True, -1, 2**70, 1e300, "", "x", "os.system", "a.b", "__class__", "torch", [], [[]], {}, {"node": "x"}, {"tuple": 3},
+    None, True, -1, 2**70, 1e300, "", "x", "os.system", "a.b", "__class__", "torch", [], [[]], {}, {"node": "x"}, {"tuple": 3},  # noqa: E501
     {"dict": [[1]]}, {"slice": []}, {"device": "x:y"}, {"graph": {}}, [None], "é", "\n", "self", "output", 10**400,
 ]  # fmt: skip
 
