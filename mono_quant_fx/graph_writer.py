@@ -111,7 +111,7 @@ class Writer:
         if not plain or str(tensor.dtype)[6:] not in DTYPES:
             raise NotSelfContainedError(
                 f"the tensor {name} is a {type(tensor).__qualname__} with layout {tensor.layout}, dtype {tensor.dtype}; "
-                "only dense tensors can be stored"
+                "only dense ones can be stored"
             )
         record = {
             "kind": "parameter" if isinstance(tensor, nn.Parameter) else "buffer",
