@@ -158,7 +158,7 @@ def test_the_public_names_are_there_and_documented():
         value = getattr(mq, name)
         assert value.__doc__ or not callable(value), name
     assert set(mq.passes.__all__) == {
-        "SkipAnnotation", "ObserverInsertion", "CalibrationExecution", "ActivationLowering",
+        "SkipAnnotation", "PlanRestoration", "ObserverInsertion", "CalibrationExecution", "ActivationLowering",
         "BiasCorrection", "Int4GroupwiseLowering", "DequantFusion", "LinearMerging",
     }  # fmt: skip
 
