@@ -8,6 +8,7 @@ from mono_quant_fx.compile_report import CompiledGraph, CompileReport
 from mono_quant_fx.compiler import default_pipeline, quantize
 from mono_quant_fx.config import DEFAULT_INT4_SKIP, QuantConfig, QuantScheme
 from mono_quant_fx.dequantize_model import dequantize_model
+from mono_quant_fx.draw import Drawing, draw, draw_diff
 from mono_quant_fx.errors import (
     AccuracyError,
     CalibrationError,
@@ -35,6 +36,7 @@ from mono_quant_fx.observers import (
     create_observer,
 )
 from mono_quant_fx.pass_base import Pass, PassResult, Pipeline
+from mono_quant_fx.pass_html import PassChange
 from mono_quant_fx.printing import diff_graphs, format_graph
 from mono_quant_fx.result import QuantizationInfo, QuantizationResult
 from mono_quant_fx.select_observer import ExperimentalWarning, select_observer
@@ -60,6 +62,7 @@ __all__ = [
     "CompileReport",
     "CompiledGraph",
     "ConfigError",
+    "Drawing",
     "ExperimentalWarning",
     "HistogramObserver",
     "InputEnergyObserver",
@@ -70,6 +73,7 @@ __all__ = [
     "NothingQuantizedError",
     "Observer",
     "Pass",
+    "PassChange",
     "PassError",
     "PassResult",
     "PatternError",
@@ -93,6 +97,8 @@ __all__ = [
     "default_pipeline",
     "dequantize_model",
     "diff_graphs",
+    "draw",
+    "draw_diff",
     "format_graph",
     "kernels",
     "max_abs_error",

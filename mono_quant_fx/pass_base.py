@@ -7,6 +7,7 @@ input stays untouched, dead code and replaced tensors go, the graph is linted, a
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,16 +15,24 @@ from typing import Any, ClassVar
 
 from torch import fx
 
-from mono_quant_fx import graph
+from mono_quant_fx import graph, pass_html
 from mono_quant_fx.errors import ConfigError, MonoQuantError, PassError, PostconditionError, PreconditionError
+from mono_quant_fx.pass_html import PassChange
 
 
 @dataclass(frozen=True)
 class PassResult:
-    """What a pass returns: the graph, and whether it differs from the one that went in."""
+    """What a pass returns: the graph, and whether it differs from the one that went in.
+
+    `changes` tells what each pass that ran did, by the names of nodes; a notebook shows it.
+    """
 
     graph_module: fx.GraphModule
     modified: bool
+    changes: tuple[PassChange, ...] = field(default=(), repr=False, compare=False)
+
+    def _repr_html_(self) -> str:
+        return pass_html.result_html(self.modified, self.changes)
 
 
 class Pass(ABC):
@@ -64,9 +73,11 @@ class Pass(ABC):
         except Exception as e:
             raise PassError(f"{self.name}: {type(e).__name__}: {e}") from e
         self._check(self.ensures(result), PostconditionError)
-        if graph.fingerprint(result) == graph.fingerprint(source):
-            return PassResult(source, False)
-        return PassResult(result, True)
+        before, after = graph.fingerprint(source), graph.fingerprint(result)
+        change = PassChange.between(self.name, before[0], after[0])
+        if after == before:
+            return PassResult(source, False, (change,))
+        return PassResult(result, True, (change,))
 
     def _check(self, complaint: str | None, error: type[PassError]) -> None:
         if complaint is not None:
@@ -103,10 +114,18 @@ class Pipeline:
     def __call__(self, gm: fx.GraphModule | PassResult) -> PassResult:
         """Runs every pass on the result of the one before; `modified` is True if any of them changed the graph."""
         current = gm.graph_module if isinstance(gm, PassResult) else gm
-        modified = False
+        modified, changes = False, gm.changes if isinstance(gm, PassResult) else ()
         for item in self.passes:
             result = item(current)
             if self.callback is not None:
                 self.callback(item, current, result)
             current, modified = result.graph_module, modified or result.modified
-        return PassResult(current, modified)
+            changes += result.changes
+        return PassResult(current, modified, changes)
+
+    def _repr_html_(self) -> str:
+        steps = []
+        for item in self.passes:
+            options = dataclasses.fields(item) if dataclasses.is_dataclass(item) else ()
+            steps.append((item.name, type(item).__name__, {f.name: repr(getattr(item, f.name)) for f in options}))
+        return pass_html.pipeline_html(steps)

@@ -18,7 +18,7 @@ SOURCES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "passes").glob("*.py")])
 
 #: Each layer may import the layers above its own line, and its own. Modules that are not named belong to the last.
 LAYERS = [
-    {"errors"},
+    {"errors", "html", "layout"},
     {"checks"},
     {"config"},
     {"numerics", "metrics"},
@@ -28,6 +28,7 @@ LAYERS = [
     {"gptq"},
     {"refine"},
     {"rounding"},
+    {"table_html", "pass_html"},
     {"annotation", "weight_ops", "data", "state"},
     {"codes"},
     {
@@ -44,7 +45,10 @@ LAYERS = [
         "dynamo_graph",
         "aliasing",
     },
-    {"merging"},
+    {"merging", "draw_facts"},
+    {"draw_tree"},
+    {"draw_svg"},
+    {"draw"},
     {"exporter", "observer_base", "kl_divergence"},
     {"histogram"},
     {"select_observer"},

@@ -1,0 +1,78 @@
+"""What passes did and what a pipeline holds, as records and for a notebook."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mono_quant_fx.html import details, escape, frame, grid
+
+#: So many names of nodes are shown at once.
+SHOWN = 200
+
+
+@dataclass(frozen=True)
+class PassChange:
+    """What one pass did to the nodes of a graph.
+
+    Attributes:
+        name: of the pass.
+        nodes_before, nodes_after: how many nodes the graph had, and has.
+        added, removed: names of nodes that only the graph after, or only the graph before, has.
+        changed: names of nodes that both have, with another operation, other arguments or other meta (annotations).
+    """
+
+    name: str
+    nodes_before: int
+    nodes_after: int
+    added: tuple[str, ...]
+    removed: tuple[str, ...]
+    changed: tuple[str, ...]
+
+    @classmethod
+    def between(cls, name: str, before: Sequence[tuple[Any, ...]], after: Sequence[tuple[Any, ...]]) -> PassChange:
+        """The change from one fingerprint's nodes, (op, name, ...) each, to another's."""
+        old, new = ({node[1]: node for node in nodes} for nodes in (before, after))
+        return cls(
+            name,
+            len(before),
+            len(after),
+            tuple(n for n in new if n not in old),
+            tuple(n for n in old if n not in new),
+            tuple(n for n, node in new.items() if n in old and old[n] != node),
+        )
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no node differs (the tensors behind them may)."""
+        return not (self.added or self.removed or self.changed)
+
+
+def result_html(modified: bool, changes: Sequence[PassChange]) -> str:
+    """One row a pass: the counts of its nodes, and the names folded away."""
+    rows = []
+    for change in changes:
+        names = [
+            details(f"{len(found)} {what}", f"<code>{escape(_listed(found))}</code>") if found else ""
+            for what, found in (("new", change.added), ("gone", change.removed), ("changed", change.changed))
+        ]
+        rows.append([f"<b>{escape(change.name)}</b>", f"{change.nodes_before} → {change.nodes_after}", *names])
+    table = grid(("pass", "nodes", "new", "gone", "changed"), rows) if rows else ""
+    return frame(f"<p><b>{'modified' if modified else 'not modified'}</b></p>{table}")
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
+
+
+def pipeline_html(steps: Sequence[tuple[str, str, Mapping[str, str]]]) -> str:
+    """One row a pass: (name, class, options as text)."""
+    rows = []
+    for i, (name, kind, options) in enumerate(steps, 1):
+        said = [f"{key}={value if len(value) <= 300 else f'{value[:299]}…'}" for key, value in options.items()]
+        shown = "<br>".join(f"<code>{escape(option)}</code>" for option in said)
+        rows.append([str(i), f"<b>{escape(name)}</b>", f"<code>{escape(kind)}</code>", shown])
+    table = grid(("", "pass", "class", "options"), rows).replace("<table>", '<table class="wide">')
+    return frame(table if rows else "<p>no passes</p>")
