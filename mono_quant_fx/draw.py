@@ -16,7 +16,7 @@ from mono_quant_fx.draw_facts import collect_facts, folded_into
 from mono_quant_fx.draw_svg import Canvas
 from mono_quant_fx.draw_tree import Box, build_tree
 from mono_quant_fx.errors import ConfigError, PreconditionError
-from mono_quant_fx.html import asset, details, escape, frame
+from mono_quant_fx.html import Shown, asset, details, escape, frame
 from mono_quant_fx.printing import diff_graphs, format_graph, format_node
 from mono_quant_fx.table import AccuracyTable
 
@@ -25,7 +25,7 @@ SIGNS = {"add": "+", "del": "−", "chg": "~"}
 
 
 @dataclass(frozen=True)
-class Drawing:
+class Drawing(Shown):
     """A picture of one graph, or of two side by side. Equal graphs give equal bytes; nothing is loaded from elsewhere.
 
     A notebook shows `html`, where a click on a group opens and closes it; str() is the text form, for a terminal.
@@ -248,4 +248,3 @@ def _beside(canvases: Sequence[Canvas]) -> str:
     second = inner[1].replace("<svg ", f'<svg x="{round(left) + 30}" ', 1)
     size = f'width="{round(left + right) + 40}" height="{round(max(height, tall))}"'
     return f'<svg xmlns="http://www.w3.org/2000/svg" {size} style="background:#fff">{inner[0]}{second}</svg>'
-

@@ -7,6 +7,15 @@ import html
 import re
 from collections.abc import Iterable, Sequence
 from importlib.resources import files
+from typing import Any
+
+
+class Shown:
+    """What IPython in a terminal shows as str() instead of repr(), and a notebook as HTML."""
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(str(self))
+
 
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 SWEEPS = 8
 GAP_X, GAP_Y, BEND = 14.0, 24.0, 6.0
 #: How much rather a bend gives way than a box.
-BOX_WEIGHT = 8.0
+BOX_WEIGHT = 64.0
 
 
 @dataclass(frozen=True)

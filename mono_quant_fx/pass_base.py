@@ -7,7 +7,6 @@ input stays untouched, dead code and replaced tensors go, the graph is linted, a
 
 from __future__ import annotations
 
-import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -33,6 +32,9 @@ class PassResult:
 
     def _repr_html_(self) -> str:
         return pass_html.result_html(self.modified, self.changes)
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(pass_html.result_text(self.modified, self.changes))
 
 
 class Pass(ABC):
@@ -124,8 +126,4 @@ class Pipeline:
         return PassResult(current, modified, changes)
 
     def _repr_html_(self) -> str:
-        steps = []
-        for item in self.passes:
-            options = dataclasses.fields(item) if dataclasses.is_dataclass(item) else ()
-            steps.append((item.name, type(item).__name__, {f.name: repr(getattr(item, f.name)) for f in options}))
-        return pass_html.pipeline_html(steps)
+        return pass_html.pipeline_html(self.passes)

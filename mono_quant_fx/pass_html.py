@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,12 +68,41 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:SHOWN]) + more
 
 
-def pipeline_html(steps: Sequence[tuple[str, str, Mapping[str, str]]]) -> str:
-    """One row a pass: (name, class, options as text)."""
+def result_text(modified: bool, changes: Sequence[PassChange]) -> str:
+    """The same for a terminal: one line a pass."""
+    lines = ["modified" if modified else "not modified"]
+    for change in changes:
+        said = ((change.added, "new"), (change.removed, "gone"), (change.changed, "changed"))
+        counts = ", ".join(f"{len(found)} {what}" for found, what in said if found) or "no node differs"
+        lines.append(f"{change.name}: {change.nodes_before} -> {change.nodes_after} nodes, {counts}")
+    return "\n".join(lines)
+
+
+def pipeline_html(passes: Sequence[Any]) -> str:
+    """One row a pass with its options."""
     rows = []
-    for i, (name, kind, options) in enumerate(steps, 1):
-        said = [f"{key}={value if len(value) <= 300 else f'{value[:299]}…'}" for key, value in options.items()]
+    for i, item in enumerate(passes, 1):
+        options = dataclasses.fields(item) if dataclasses.is_dataclass(item) else ()
+        said = [f"{f.name}={option_text(getattr(item, f.name))}" for f in options]
         shown = "<br>".join(f"<code>{escape(option)}</code>" for option in said)
-        rows.append([str(i), f"<b>{escape(name)}</b>", f"<code>{escape(kind)}</code>", shown])
-    table = grid(("", "pass", "class", "options"), rows).replace("<table>", '<table class="wide">')
+        rows.append([str(i), f"<b>{escape(item.name)}</b>", f"<code>{escape(type(item).__name__)}</code>", shown])
+    table = grid(("", "pass", "class", "options"), rows).replace("<table>", '<table class="wide">', 1)
     return frame(table if rows else "<p>no passes</p>")
+
+
+def option_text(value: object) -> str:
+    """A setting in one line: of a dataclass what differs from the defaults, of data how much there is.
+
+    >>> from mono_quant_fx.config import QuantConfig
+    >>> option_text(QuantConfig(group_size=64)), option_text([[1], [2]]), option_text("gptq")
+    ('QuantConfig(group_size=64)', '2 items', "'gptq'")
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        set_ = [(f, getattr(value, f.name)) for f in dataclasses.fields(value)]
+        said = (f"{f.name}={option_text(v)}" for f, v in set_ if f.default is dataclasses.MISSING or v != f.default)
+        return f"{type(value).__name__}({', '.join(said)})"
+    plain = str | int | float | bool | None
+    if isinstance(value, list | tuple) and not all(isinstance(v, plain) for v in value):
+        return f"{len(value)} items"
+    text = repr(value) if isinstance(value, plain | list | tuple | dict) else f"a {type(value).__name__}"
+    return text if len(text) <= 300 else f"{text[:299]}…"

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from mono_quant_fx.html import details, escape, frame, grid
+from mono_quant_fx.html import Shown, details, escape, frame, grid
 from mono_quant_fx.table import AccuracyTable
 
 
@@ -54,7 +54,7 @@ class QuantizationInfo:
 
 
 @dataclass
-class QuantizationResult:
+class QuantizationResult(Shown):
     """A drop-in GraphModule, the table that tells what was done to it, and the figures."""
 
     graph_module: fx.GraphModule

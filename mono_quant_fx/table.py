@@ -14,6 +14,7 @@ from typing import Any
 from tabulate import tabulate
 
 from mono_quant_fx import table_html
+from mono_quant_fx.html import Shown
 
 NEEDS_DATA = "local dB, acc dB and max err need calibration_data"
 
@@ -70,7 +71,7 @@ class AccuracyRow:
 
 
 @dataclass(frozen=True)
-class AccuracyTable:
+class AccuracyTable(Shown):
     """Rows in execution order, and the SQNR of the model's output (None without data).
 
     str() is the table for a terminal; `_repr_html_` the one for a notebook.

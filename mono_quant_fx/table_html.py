@@ -70,4 +70,3 @@ def _cell(name: str, align: str, row: HtmlRow) -> str:
 def _javascript(value: float) -> str:
     """A number as JavaScript's Number() reads it."""
     return str(value) if math.isfinite(value) else "Infinity" if value > 0 else "-Infinity"
-

@@ -1,5 +1,5 @@
 (() => {
-  const GAP_X = 14, GAP_Y = 24, BEND = 6, PAD = 8, SWEEPS = 8, BOX_WEIGHT = 8;
+  const GAP_X = 14, GAP_Y = 24, BEND = 6, PAD = 8, SWEEPS = 8, BOX_WEIGHT = 64;
   const number = (v) => Math.floor(v * 10 + 0.5) / 10;
 
   // As place() and _spread() in layout.py, step by step.
