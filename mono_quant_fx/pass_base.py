@@ -127,3 +127,6 @@ class Pipeline:
 
     def _repr_html_(self) -> str:
         return pass_html.pipeline_html(self.passes)
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(pass_html.pipeline_text(self.passes))

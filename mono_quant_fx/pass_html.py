@@ -82,12 +82,20 @@ def pipeline_html(passes: Sequence[Any]) -> str:
     """One row a pass with its options."""
     rows = []
     for i, item in enumerate(passes, 1):
-        options = dataclasses.fields(item) if dataclasses.is_dataclass(item) else ()
-        said = [f"{f.name}={option_text(getattr(item, f.name))}" for f in options]
-        shown = "<br>".join(f"<code>{escape(option)}</code>" for option in said)
+        shown = "<br>".join(f"<code>{escape(option)}</code>" for option in _options(item))
         rows.append([str(i), f"<b>{escape(item.name)}</b>", f"<code>{escape(type(item).__name__)}</code>", shown])
     table = grid(("", "pass", "class", "options"), rows).replace("<table>", '<table class="wide">', 1)
     return frame(table if rows else "<p>no passes</p>")
+
+
+def pipeline_text(passes: Sequence[Any]) -> str:
+    """The same for a terminal: one line a pass."""
+    return "\n".join(f"{item.name}: {type(item).__name__}({', '.join(_options(item))})" for item in passes) or "no passes"
+
+
+def _options(item: Any) -> list[str]:
+    fields = dataclasses.fields(item) if dataclasses.is_dataclass(item) else ()
+    return [f"{f.name}={option_text(getattr(item, f.name))}" for f in fields]
 
 
 def option_text(value: object) -> str:

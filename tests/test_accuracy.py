@@ -1,8 +1,8 @@
 import csv
 import io
 import json
-import re
 import math
+import re
 
 import pytest
 import torch

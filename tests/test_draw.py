@@ -198,7 +198,7 @@ def test_saving(quantized, tmp_path):
 
 def test_mistakes_are_named():
     gm = mq.capture(MLP().eval())
-    with pytest.raises(mq.PreconditionError, match="draw: a GraphModule is needed, not MLP; mq.capture"):
+    with pytest.raises(mq.PreconditionError, match=r"draw: a GraphModule is needed, not MLP; mq\.capture"):
         mq.draw(MLP())
     with pytest.raises(mq.PreconditionError, match="draw_diff: a GraphModule is needed, not PassResult"):
         mq.draw_diff(gm, ReluToTanh()(gm))

@@ -166,5 +166,5 @@ def test_a_terminal_gets_text():
     gm = mq.capture(MLP().eval())
     for value in (result, result.accuracy, mq.draw(gm)):
         assert pretty(value) == str(value)
-    assert pretty(ReluToTanh()(gm)) == "modified\nrelu-to-tanh: 8 -> 8 nodes, 1 changed"
-    assert pretty(mq.passes.LinearMerging()(gm)) == "not modified\nlinear-merging: 8 -> 8 nodes, no node differs"
+    assert pretty(ReluToTanh()(gm)) == "modified\nrelu-to-tanh: 9 -> 9 nodes, 1 changed"
+    assert pretty(mq.passes.LinearMerging()(gm)) == "not modified\nlinear-merging: 9 -> 9 nodes, no node differs"

@@ -39,7 +39,7 @@ def test_every_item_stands_once_and_every_link_goes_one_rank_down(case):
         above = {b: a for a, b in wire.links}
         for item in above:
             while item != wire.source:
-                item = above[item]  # noqa: PLW2901
+                item = above[item]
                 assert item == wire.source or item >= count, "a wire passes through a box"
 
 
@@ -82,7 +82,7 @@ def test_crossings_that_need_not_be_are_avoided():
 def test_a_chain_is_straight_beside_a_long_wire():
     edges = [(i, 0, i + 1) for i in range(6)] + [(0, 1, i) for i in range(2, 7)]
     placed = place(arrange(7, edges), [(100.0, 30.0)] * 7)
-    assert max(placed.x[:7]) - min(placed.x[:7]) < 1
+    assert max(placed.x[:7]) - min(placed.x[:7]) < 2
 
 
 def test_nothing_has_no_size():
