@@ -90,7 +90,9 @@ def pipeline_html(passes: Sequence[Any]) -> str:
 
 def pipeline_text(passes: Sequence[Any]) -> str:
     """The same for a terminal: one line a pass."""
-    return "\n".join(f"{item.name}: {type(item).__name__}({', '.join(_options(item))})" for item in passes) or "no passes"
+    return (
+        "\n".join(f"{item.name}: {type(item).__name__}({', '.join(_options(item))})" for item in passes) or "no passes"
+    )
 
 
 def _options(item: Any) -> list[str]:

@@ -35,6 +35,7 @@ PAGES = (
     "docs/reading_the_table.md",
     "docs/accuracy.md",
     "docs/writing_a_pass.md",
+    "docs/notebooks.md",
     "docs/glossary.md",
     "docs/contributing.md",
 )
