@@ -193,7 +193,7 @@ def place(found: Arrangement, sizes: Sequence[tuple[float, float]]) -> Placement
 
 
 def _alike(neighbours: list[list[int]], count: int) -> list[list[int]]:
-    """Boxes line up with boxes and bends with bends where they can: a long wire stays straight, a chain does not lean."""
+    """Boxes line up with boxes and bends with bends, where they can: wires stay straight, a chain does not lean."""
     return [[n for n in near if (n < count) == (i < count)] or near for i, near in enumerate(neighbours)]
 
 
