@@ -38,6 +38,7 @@ PAGES = (
     "docs/explain.md",
     "docs/saving.md",
     "docs/writing_a_pass.md",
+    "docs/notebooks.md",
     "docs/glossary.md",
     "docs/contributing.md",
 )
