@@ -12,14 +12,14 @@ from torch import Tensor, fx, nn
 from torch.fx.graph import CodeGen, _PyTreeCodeGen, _PyTreeInfo
 
 from mono_quant_fx import graph
-from mono_quant_fx.annotation import set_annotation
-from mono_quant_fx.annotation_json import annotation_from_json
+from mono_quant_fx.annotation import QuantAnnotation, set_annotation
 from mono_quant_fx.errors import GraphFormatError
 from mono_quant_fx.graph_ops import check_call, check_method, function_of
 from mono_quant_fx.graph_writer import FORMAT, VERSION
 from mono_quant_fx.guards import GuardsFn
-from mono_quant_fx.json_values import fields, items, need, show, value_from_json, within
+from mono_quant_fx.json_values import fields, items, need, record_from_json, show, value_from_json, within
 from mono_quant_fx.leaf_modules import leaf_from_json
+from mono_quant_fx.provenance import Step
 from mono_quant_fx.tensor_table import TensorTable
 from mono_quant_fx.tree_json import tree_from_json
 
@@ -60,18 +60,20 @@ class Reader:
     tensors: TensorTable
     stacks: list[dict[str, tuple[str, str]]] = field(default_factory=list)
     traces: list[str] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
 
     @classmethod
     def of(cls, data: Any, tensors: Mapping[str, Tensor]) -> tuple[Reader, Any]:
         """A reader of the document, and the document's graph."""
-        fields(data, "the document", "format version tensors tied stacks traces graph")
+        fields(data, "the document", "format version tensors tied stacks traces steps graph")
         need(data["format"] == FORMAT, "the format", data["format"], f"{FORMAT!r} is read here")
         known = type(data["version"]) is int and data["version"] == VERSION
         need(known, "the version", data["version"], f"version {VERSION} is read here; update mono_quant_fx")
         stacks = [_stack(stack) for stack in items(data["stacks"], "stacks")]
         traces = items(data["traces"], "traces")
         need(all(type(t) is str for t in traces), "traces", traces, "they are strings")
-        return cls(TensorTable.of(data["tensors"], data["tied"], tensors), stacks, traces), data["graph"]
+        steps = [record_from_json(Step, step, "a step") for step in items(data["steps"], "steps")]
+        return cls(TensorTable.of(data["tensors"], data["tied"], tensors), stacks, traces, steps), data["graph"]
 
     def graph(self, data: Any, prefix: str = "", depth: int = 0) -> fx.GraphModule:
         """A graph and all that it needs, in eval mode."""
@@ -145,7 +147,7 @@ class Reader:
         for i, record in enumerate(records):
             name = record.get("name") if isinstance(record, dict) else None
             with within(f"node {show(name)}" if isinstance(name, str) else f"node number {i}"):
-                fields(record, "it", "name op", "target args kwargs annotation stack trace")
+                fields(record, "it", "name op", "target args kwargs annotation stack trace history")
                 need(record["op"] in _OPS, "its op", record["op"], f"one of {', '.join(_OPS)} is needed")
                 last = i == len(records) - 1
                 need((record["op"] == "output") is last, "its op", record["op"], "the last node is the one output")
@@ -175,7 +177,10 @@ class Reader:
         if "trace" in record:
             node.meta["stack_trace"] = _at(self.traces, record["trace"], "its trace")
         if "annotation" in record:
-            set_annotation(node, annotation_from_json(record["annotation"]))
+            set_annotation(node, record_from_json(QuantAnnotation, record["annotation"], "an annotation"))
+        if "history" in record:
+            numbers = items(record["history"], "its history")
+            node.meta[graph.HISTORY] = tuple(_at(self.steps, number, "its history") for number in numbers)
 
 
 def _targets(records: list[Any]) -> list[Any]:

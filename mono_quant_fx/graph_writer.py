@@ -11,12 +11,13 @@ from torch.fx.graph import CodeGen, _PyTreeCodeGen
 
 from mono_quant_fx import graph
 from mono_quant_fx.annotation import get_annotation
-from mono_quant_fx.annotation_json import annotation_to_json
 from mono_quant_fx.errors import NotSelfContainedError
 from mono_quant_fx.graph_ops import function_name, is_method
 from mono_quant_fx.guards import GuardsFn, is_guards, trace_guards
 from mono_quant_fx.json_values import DTYPES, value_to_json, within
 from mono_quant_fx.leaf_modules import check_hooks, leaf_to_json
+from mono_quant_fx.provenance import Step, history
+from mono_quant_fx.records import to_plain
 from mono_quant_fx.tree_json import tree_to_json
 
 FORMAT, VERSION = "mono_quant_fx graph", 1
@@ -30,6 +31,7 @@ class Writer:
     tied: dict[str, str] = field(default_factory=dict)
     stacks: dict[tuple[tuple[str, str], ...], int] = field(default_factory=dict)
     traces: dict[str, int] = field(default_factory=dict)
+    steps: dict[Step, int] = field(default_factory=dict)
     values: dict[str, Tensor] = field(default_factory=dict)
     _first: dict[Any, str] = field(default_factory=dict)
 
@@ -46,6 +48,7 @@ class Writer:
             "tied": self.tied,
             "stacks": [[list(entry) for entry in stack] for stack in self.stacks],
             "traces": list(self.traces),
+            "steps": [to_plain(step, brief=True) for step in self.steps],
             "graph": written,
         }
 
@@ -70,7 +73,14 @@ class Writer:
             record["kwargs"] = {k: value_to_json(v) for k, v in node.kwargs.items()}
         annotation = get_annotation(node)
         if annotation is not None:
-            record["annotation"] = annotation_to_json(annotation)
+            if annotation.stored is not None:
+                raise NotSelfContainedError(
+                    f"the codes of {annotation.weight} were found but not put into the graph; run "
+                    "Int4GroupwiseLowering first"
+                )
+            record["annotation"] = to_plain(annotation, brief=True)
+        if history(node):
+            record["history"] = [self.steps.setdefault(step, len(self.steps)) for step in history(node)]
         stack = tuple(graph.module_stack(node))
         if stack:
             record["stack"] = self.stacks.setdefault(stack, len(self.stacks))

@@ -10,12 +10,15 @@ import contextlib
 import math
 import reprlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import fx
 
-from mono_quant_fx.errors import GraphFormatError, NotSelfContainedError
+from mono_quant_fx.errors import FileFormatError, GraphFormatError, NotSelfContainedError
+from mono_quant_fx.records import from_plain
+
+T = TypeVar("T")
 
 #: Python's parser gives up near 200 nested brackets, and a graph is code; no model comes near this.
 MAX_DEPTH = 32
@@ -227,3 +230,15 @@ _SCALARS: dict[str, Callable[[Any], Any]] = {
     "complex": _complex,
     "ellipsis": _ellipsis,
 }
+
+
+def record_from_json(kind: type[T], data: Any, what: str) -> T:
+    """A dataclass from what records.to_plain wrote.
+
+    Raises:
+        GraphFormatError: a field is missing, unknown or of another type.
+    """
+    try:
+        return from_plain(kind, data, what)
+    except FileFormatError as error:
+        raise GraphFormatError(str(error)) from error

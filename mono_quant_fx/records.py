@@ -18,21 +18,30 @@ T = TypeVar("T")
 _UNSAYABLE = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
 
 
-def to_plain(value: Any) -> Any:
+def to_plain(value: Any, brief: bool = False) -> Any:
     """Dataclasses become dicts of the fields that take part in repr; tuples become lists, odd floats strings.
+
+    Args:
+        brief: leaves out fields that have their default value.
 
     >>> to_plain((1, math.inf, "a"))
     [1, 'inf', 'a']
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.repr}
+        kept = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.repr}
+        left_out = {f.name for f in dataclasses.fields(value) if brief and _is_default(f, kept.get(f.name))}
+        return {name: to_plain(v, brief) for name, v in kept.items() if name not in left_out}
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, tuple | list):
-        return [to_plain(v) for v in value]
+        return [to_plain(v, brief) for v in value]
     if isinstance(value, dict):
-        return {k: to_plain(v) for k, v in value.items()}
+        return {k: to_plain(v, brief) for k, v in value.items()}
     return value
+
+
+def _is_default(field: dataclasses.Field[Any], value: Any) -> bool:
+    return type(value) is type(field.default) and value == field.default
 
 
 def from_plain(kind: type[T], data: object, where: str) -> T:

@@ -94,7 +94,7 @@ def write_model(
         "versions": versions(),
         "config": to_plain(config),
         "capture": to_plain(get_record(gm)),
-        "plan": [to_plain(annotation) for _, annotation in annotated(gm)],
+        "plan": [to_plain(annotation, brief=True) for _, annotation in annotated(gm)],
         "table": to_plain(table),
         "info": to_plain(info),
         "tied": tied,

@@ -49,7 +49,7 @@ LAYERS = [
         "aliasing",
     },
     {"merging", "draw_facts", "biases", "capture_record", "json_values", "allowed_calls"},
-    {"graph_ops", "annotation_json", "tree_json", "leaf_modules", "tensor_table", "guards"},
+    {"graph_ops", "tree_json", "leaf_modules", "tensor_table", "guards"},
     {"graph_writer"},
     {"graph_reader"},
     {"graph_json"},

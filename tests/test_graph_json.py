@@ -412,7 +412,7 @@ HOSTILE: dict[str, tuple[str, Any, str]] = {
     "scheme": (
         "tied",
         lambda d: next(n for n in d["graph"]["nodes"] if "annotation" in n)["annotation"].update(shape="x"),
-        "an annotation's shape",
+        "an annotation.shape",
     ),
 }
 
