@@ -163,7 +163,8 @@ def _add_compare(commands: argparse._SubParsersAction[_Parser]) -> None:
     command.add_argument("--fail-below-db", type=_decibel, metavar="X", help=f"judges B: {THRESHOLD}")
     command.add_argument(
         "--fail-loss-db", type=_decibel, metavar="Y",
-        help="exit with 1 when B's model output, or a node of it, has more than Y dB less than A's",
+        help="exit with 1 when B's model output, or a node's, has more than Y dB less than A's; where one of the files "
+        "has no calibration data, the weights are judged",
     )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mono_quant_fx.cli_text import Grid, Report, printable
+from mono_quant_fx.cli_text import CommandError, Grid, Report, printable
 from mono_quant_fx.loading import read_header
 from mono_quant_fx.table import AccuracyRow, AccuracyTable, db, kib
 from mono_quant_fx.tensor_file import TensorFile
@@ -106,15 +106,23 @@ def compare_report(paths: tuple[Path, Path], a: AccuracyTable, b: AccuracyTable)
 
 
 def loss_verdict(a: AccuracyTable, b: AccuracyTable, most: float | None) -> str | None:
-    """Why B lost too much: the model output, or any node, more than `most` dB; None where nothing did."""
+    """Why B lost too much: the model output or a node's, more than `most` dB; None where nothing did.
+
+    Where one of the files has no output's figure, the weights are judged.
+
+    Raises:
+        CommandError: there is nothing to compare.
+    """
     if most is None:
         return None
     output = change(a.output_sqnr_db, b.output_sqnr_db)
     if output is not None and not output >= -most:
         return f"the model output lost {-output:.2f} dB, more than {most:g} dB"
-    for pair in differences(a, b):
-        value = pair.change_db
-        if value is not None and not value >= -most:
+    known = [(pair, value) for pair in differences(a, b) if (value := pair.change_db) is not None]
+    if not known and output is None:
+        raise CommandError("--fail-loss-db: the two files have no figure in common")
+    for pair, value in known:
+        if (output is None or pair.figures[0] == "local") and not value >= -most:
             where = printable(pair.row.module or pair.row.node)
             return f"{where} lost {-value:.2f} dB ({pair.figures[0]}), more than {most:g} dB"
     return None

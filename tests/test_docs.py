@@ -35,6 +35,7 @@ PAGES = (
     "docs/reading_the_table.md",
     "docs/accuracy.md",
     "docs/saving.md",
+    "docs/command_line.md",
     "docs/writing_a_pass.md",
     "docs/glossary.md",
     "docs/contributing.md",
