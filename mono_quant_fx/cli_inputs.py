@@ -8,7 +8,9 @@ import importlib
 import inspect
 import json
 import os
+import re
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -130,14 +132,16 @@ def _folder(path: Path) -> dict[str, Tensor]:
 
 def _pickled(path: Path) -> dict[str, Tensor]:
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about protocols of pickle; what cannot be read is refused below
+            found = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception as e:  # whatever damaged bytes make of it
-        reason = str(e).strip().partition("\n")[0][:200]
+        reason = re.search(r"WeightsUnpickler error: ([^\n]{,120})", str(e))  # not torch's advice to trust the file
         raise CommandError(
             f"{path}: torch.load(weights_only=True) refuses it, so it is damaged or holds more than tensors, and code "
-            f"from a file is never run; save model.state_dict() instead ({type(e).__name__}: {reason})"
+            f"from a file is never run; save model.state_dict() instead ({reason[1] if reason else type(e).__name__})"
         ) from e
     for key in ("state_dict", "model"):
         if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):

@@ -159,13 +159,23 @@ def _check_zero_point(name: str, zero_point: Tensor, entry: QuantAnnotation) -> 
 
 
 def _check_float(file: TensorFile, header: Header, entry: QuantAnnotation) -> Iterator[Problem]:
-    """A weight that stayed as it was, or the module that owns it."""
+    """A weight that stayed as it was, or, among the tensors of a module that stayed whole, its largest weight."""
+    planned = f"{shown(entry.dtype)[1:-1]}{shown(list(entry.shape))}"
     stored = file.entries.get(header.tied.get(entry.weight, entry.weight))
-    if stored is None:
-        if not any(name.startswith(f"{entry.weight}.") for name in (*file.entries, *header.tied)):
-            yield Problem(entry.weight, "is missing; the plan leaves it as it is")
-    elif (str(stored.dtype).removeprefix("torch."), stored.shape) != (entry.dtype, entry.shape):
-        yield Problem(entry.weight, f"is {_look(stored)} where the plan has {shown(entry.dtype)}{list(entry.shape)}")
+    if stored is not None:
+        if not _is_planned(stored, entry):
+            yield Problem(entry.weight, f"is {_look(stored)} where the plan has {planned}")
+        return
+    own = [name for name in (*file.entries, *header.tied) if name.startswith(f"{entry.weight}.")]
+    parts = [file.entries.get(header.tied.get(name, name)) for name in own]
+    if not parts:
+        yield Problem(entry.weight, "is missing; the plan leaves it as it is")
+    elif not any(part is not None and _is_planned(part, entry) for part in parts):
+        yield Problem(entry.weight, f"has no tensor that is {planned}, as the plan has it")
+
+
+def _is_planned(stored: Entry, entry: QuantAnnotation) -> bool:
+    return (str(stored.dtype).removeprefix("torch."), stored.shape) == (entry.dtype, entry.shape)
 
 
 def _check_names(file: TensorFile, header: Header, owned: set[str]) -> Iterator[Problem]:
@@ -188,7 +198,7 @@ def _check_names(file: TensorFile, header: Header, owned: set[str]) -> Iterator[
 
 
 def _check_table(header: Header) -> Iterator[Problem]:
-    schemes = {entry.weight: str(entry.scheme) for entry in header.plan if entry.lowered}
+    schemes = {entry.weight: str(entry.scheme) for entry in header.plan if entry.lowered and entry.scheme}
     for row in header.table.rows:
         if row.weight in schemes and row.scheme != schemes[row.weight]:
             planned = shown(schemes[row.weight])
