@@ -9,6 +9,7 @@ import inspect
 import json
 import os
 import re
+import stat
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
@@ -131,13 +132,14 @@ def _folder(path: Path) -> dict[str, Tensor]:
 
 
 def _pickled(path: Path) -> dict[str, Tensor]:
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise CommandError(f"{path}: this is not a regular file")
+    path.open("rb").close()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about protocols of pickle; what cannot be read is refused below
             found = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as e:  # whatever damaged bytes make of it
+    except Exception as e:  # whatever damaged bytes make of it, OSError among it
         reason = re.search(r"WeightsUnpickler error: ([^\n]{,120})", str(e))  # not torch's advice to trust the file
         raise CommandError(
             f"{path}: torch.load(weights_only=True) refuses it, so it is damaged or holds more than tensors, and code "
