@@ -2,6 +2,7 @@
 
 from mono_quant_fx import passes
 from mono_quant_fx.accuracy import measure_accuracy
+from mono_quant_fx.bisection_report import Bisection, BisectionStep, Suspect
 from mono_quant_fx.capture import capture
 from mono_quant_fx.compile_backend import CompileBackend, compile_backend
 from mono_quant_fx.compile_report import CompiledGraph, CompileReport
@@ -12,17 +13,25 @@ from mono_quant_fx.errors import (
     AccuracyError,
     CalibrationError,
     CaptureError,
+    CheckpointError,
     ConfigError,
     FileFormatError,
+    GraphFormatError,
     MonoQuantError,
     NothingQuantizedError,
+    NotSelfContainedError,
     PassError,
     PatternError,
     PlanError,
     PostconditionError,
     PreconditionError,
+    UnknownNameError,
     WeightError,
 )
+from mono_quant_fx.explain import explain
+from mono_quant_fx.explanation import Chapter, Explanation
+from mono_quant_fx.export_compressed_tensors import export_compressed_tensors
+from mono_quant_fx.import_compressed_tensors import import_compressed_tensors
 from mono_quant_fx.loading import load
 from mono_quant_fx.metrics import max_abs_error, relative_error, sqnr_db
 from mono_quant_fx.modules import QuantizedLinearInt4
@@ -39,6 +48,7 @@ from mono_quant_fx.observers import (
 )
 from mono_quant_fx.pass_base import Pass, PassResult, Pipeline
 from mono_quant_fx.printing import diff_graphs, format_graph
+from mono_quant_fx.provenance import Step, history
 from mono_quant_fx.result import QuantizationInfo, QuantizationResult, save
 from mono_quant_fx.select_observer import ExperimentalWarning, select_observer
 from mono_quant_fx.table import AccuracyRow, AccuracyTable
@@ -56,20 +66,27 @@ __all__ = [
     "AccuracyRow",
     "AccuracyTable",
     "AccuracyWarning",
+    "Bisection",
+    "BisectionStep",
     "CalibrationError",
     "CaptureError",
+    "Chapter",
+    "CheckpointError",
     "CompileBackend",
     "CompileReport",
     "CompiledGraph",
     "ConfigError",
     "ExperimentalWarning",
+    "Explanation",
     "FileFormatError",
+    "GraphFormatError",
     "HistogramObserver",
     "InputEnergyObserver",
     "Kernels",
     "MinMaxObserver",
     "MonoQuantError",
     "MovingAverageMinMaxObserver",
+    "NotSelfContainedError",
     "NothingQuantizedError",
     "Observer",
     "Pass",
@@ -88,6 +105,9 @@ __all__ = [
     "QuantizationResult",
     "QuantizedLinearInt4",
     "QuantizedWeight",
+    "Step",
+    "Suspect",
+    "UnknownNameError",
     "ValidationResult",
     "WeightError",
     "capture",
@@ -97,7 +117,11 @@ __all__ = [
     "default_pipeline",
     "dequantize_model",
     "diff_graphs",
+    "explain",
+    "export_compressed_tensors",
     "format_graph",
+    "history",
+    "import_compressed_tensors",
     "kernels",
     "load",
     "max_abs_error",

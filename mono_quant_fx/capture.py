@@ -19,8 +19,8 @@ from torch import Tensor, fx, nn
 from torch.fx.graph import _PyTreeCodeGen
 
 from mono_quant_fx import graph
-from mono_quant_fx.capture_record import CaptureRecord, plain_batch, set_record, tied_names
 from mono_quant_fx.capture_errors import explain_failure, explain_own_failure
+from mono_quant_fx.capture_record import CaptureRecord, plain_batch, set_record, tied_names
 from mono_quant_fx.data import Batch, leaves, to_batch
 from mono_quant_fx.errors import CaptureError, ConfigError
 from mono_quant_fx.exporter import check_exported_mode, export, follow_inputs
@@ -217,6 +217,7 @@ def _reachable(gm: fx.GraphModule) -> int:
 
 
 def check_eval(model: nn.Module) -> None:
+    """Raises CaptureError if a module that runs is in training mode; names it."""
     modules = dict(model.named_modules())
     if isinstance(model, fx.GraphModule):  # in an exported graph the mode is an argument, and the flags mean nothing
         exported = isinstance(model.graph._codegen, _PyTreeCodeGen)

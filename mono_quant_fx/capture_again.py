@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.utils import _pytree as pytree
 
 from mono_quant_fx import graph
 from mono_quant_fx.capture import check_eval
@@ -55,16 +56,16 @@ def _without_values(model: nn.Module, record: CaptureRecord) -> fx.GraphModule:
     else:
         batch = meta_batch(record.inputs)
         with mode:
-            batch = Batch(*_filled((batch.args, batch.kwargs)))
-        gm, _ = export(hollow, batch)
+            args, kwargs = pytree.tree_map_only(Tensor, _zeros, (batch.args, batch.kwargs))
+        gm, _ = export(hollow, Batch(args, kwargs))
     for name, tensor in list(graph.named_tensors(gm)):
         if isinstance(tensor, FakeTensor):
             graph.attach(gm, name, _like(tensor, "meta"), graph.is_persistent(gm, name))
     return gm
 
 
-def _filled(values: object) -> object:
-    return torch.utils._pytree.tree_map_only(Tensor, lambda t: torch.zeros_like(t, device="cpu"), values)
+def _zeros(tensor: Tensor) -> Tensor:
+    return torch.zeros_like(tensor, device="cpu")
 
 
 def _hollow(model: nn.Module, record: CaptureRecord, mode: FakeTensorMode) -> nn.Module:

@@ -23,8 +23,16 @@ class WeightError(MonoQuantError, ValueError):
     """A weight cannot be quantized as asked (NaN or infinity, say); the message names it."""
 
 
+class CheckpointError(MonoQuantError, ValueError):
+    """A folder of files cannot be read or written as asked; the message names file, tensor and rule."""
+
+
 class CalibrationError(MonoQuantError, ValueError):
     """Calibration data is empty, does not fit the model, or fails inside it."""
+
+
+class UnknownNameError(MonoQuantError, LookupError):
+    """A graph has no node, module or weight of that name; the message lists the nearest names."""
 
 
 class NothingQuantizedError(MonoQuantError):
@@ -41,6 +49,14 @@ class PreconditionError(PassError):
 
 class PostconditionError(PassError):
     """`ensures` found that the pass broke its promise: a defect of the pass, not of the user."""
+
+
+class NotSelfContainedError(MonoQuantError):
+    """A graph holds something that cannot be written as data; the message names the node, the reason and a remedy."""
+
+
+class GraphFormatError(MonoQuantError, ValueError):
+    """Data that should describe a graph break a rule; the message names the node, the value and the rule."""
 
 
 class AccuracyError(MonoQuantError):

@@ -15,6 +15,9 @@ from torch import Tensor, fx, nn
 
 from mono_quant_fx.ops.registry import is_ours
 
+#: The key of node.meta that provenance.py keeps.
+HISTORY = "mono_quant_fx_history"
+
 
 def clone(gm: fx.GraphModule) -> fx.GraphModule:
     """A GraphModule with its own graph and modules that shares every tensor with `gm`; node.meta and gm.meta stay."""
@@ -140,7 +143,10 @@ def drop_dead_code(gm: fx.GraphModule) -> None:
 
 
 def fingerprint(gm: fx.GraphModule) -> tuple[Any, ...]:
-    """Equal for two GraphModules with the same nodes, the same meta and the very same tensors behind them."""
+    """Equal for two GraphModules with the same nodes, the same meta and the very same tensors behind them.
+
+    How a node came about (its HISTORY) does not count.
+    """
     nodes = tuple(
         (
             n.op,
@@ -148,7 +154,7 @@ def fingerprint(gm: fx.GraphModule) -> tuple[Any, ...]:
             str(n.target),
             str(n.args),
             str(n.kwargs),
-            tuple((k, _token(v)) for k, v in n.meta.items()),
+            tuple((k, _token(v)) for k, v in n.meta.items() if k != HISTORY),
         )
         for n in gm.graph.nodes
     )

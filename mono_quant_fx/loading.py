@@ -150,7 +150,12 @@ def _fill(gm: fx.GraphModule, file: TensorFile, header: Header) -> None:
 def stacked(file: TensorFile, names: list[str]) -> Tensor:
     """Parts that lie side by side as one view; elsewhere a copy."""
     whole = file.span(names)
-    return torch.cat([file.tensor(name) for name in names]) if whole is None else whole
+    if whole is not None:
+        return whole
+    try:
+        return torch.cat([file.tensor(name) for name in names])
+    except RuntimeError as e:
+        raise FileFormatError(f"{file.path}: tensors {', '.join(names)} cannot be stacked: {e}") from e
 
 
 def _compare(file: TensorFile, wanted: Mapping[str, Tensor]) -> None:
@@ -178,9 +183,7 @@ def _look(shape: Any, dtype: torch.dtype) -> str:
 
 def _own_graph(file: TensorFile, header: Header) -> fx.GraphModule:
     if header.graph is None:
-        raise PlanError(
-            f"{file.path} holds no graph: pass the float model, load(path, model), or save with graph=True"
-        )
+        raise PlanError(f"{file.path} holds no graph: pass the float model, load(path, model), or save with graph=True")
     parts = {part for names in header.stacked.values() for part in names}
     missing = [name for name in (*parts, *header.tied.values()) if name not in file.entries]
     if missing:

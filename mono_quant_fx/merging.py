@@ -83,10 +83,10 @@ def merge(gm: fx.GraphModule, nodes: Sequence[fx.Node], own_memory: bool) -> Non
         if biases := [call.bias for call in calls if call.bias is not None]:
             bias = _stacked(gm, graph.free_name(gm, _joined([str(b.target) for b in biases])), biases)
         merged = calls[0]._replace(stored=tuple(stored), bias=bias)
-        whole = add_call(gm, first.target, merged.args, first, f"{first.name}_merged")
+        whole = add_call(gm, first.target, merged.args, nodes, f"{first.name}_merged")
         op = aten.split_with_sizes_copy.default if own_memory else aten.split_with_sizes.default
         sizes = [stop - start for start, stop in pairwise(starts)]
-        pieces = add_call(gm, op, (whole, sizes, -1), first, f"{first.name}_split")
+        pieces = add_call(gm, op, (whole, sizes, -1), nodes, f"{first.name}_split")
     for new in (*stored, bias, whole, pieces):
         if new is not None and "nn_module_stack" in new.meta:
             new.meta["nn_module_stack"] = dict(stack)
@@ -146,12 +146,12 @@ def _annotation(call: LinearCall) -> QuantAnnotation:
 
 def _stacked(gm: fx.GraphModule, name: str, nodes: Sequence[fx.Node | None]) -> fx.Node | None:
     """The rows of all these constants as one constant."""
-    tensors = [t for node in nodes if node is not None and (t := graph.get_tensor(gm, node)) is not None]
+    own = [node for node in nodes if node is not None]
+    tensors = [t for node in own if (t := graph.get_tensor(gm, node)) is not None]
     if not tensors:
         return None
     whole = torch.cat([t.detach() for t in tensors])
-    like: Any = nodes[0]
-    return add_constant(gm, name, _same_kind(whole, tensors[0]), like)
+    return add_constant(gm, name, _same_kind(whole, tensors[0]), own)
 
 
 def _own_bias(gm: fx.GraphModule, whole: fx.Node, rows: MergedRows, like: fx.Node) -> fx.Node:

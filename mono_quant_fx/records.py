@@ -1,4 +1,4 @@
-"""Frozen dataclasses as plain JSON data and back: what is read is checked against the declared types, field by field."""
+"""Dataclasses as plain JSON data and back: what is read is checked against the declared types, field by field."""
 
 from __future__ import annotations
 

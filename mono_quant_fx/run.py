@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -17,8 +17,8 @@ from mono_quant_fx.errors import CalibrationError, MonoQuantError
 from mono_quant_fx.graph import get_attribute, op_name
 
 
-def run_batch(gm: fx.GraphModule, batch: Batch, number: int = 0) -> Any:
-    """gm's output for a batch, without gradients.
+def run_batch(gm: fx.GraphModule, batch: Batch, number: int = 0, replaced: Mapping[str, Any] | None = None) -> Any:
+    """gm's output for a batch, without gradients; what readers see of the nodes named in `replaced` is the value there.
 
     Raises:
         CalibrationError: the batch does not fit, or a node fails on it; names both.
@@ -28,6 +28,8 @@ def run_batch(gm: fx.GraphModule, batch: Batch, number: int = 0) -> Any:
     with torch.no_grad():
         for node in gm.graph.nodes:
             values[node] = execute(gm, node, values.__getitem__, inputs, number)
+            if replaced and node.name in replaced:
+                values[node] = replaced[node.name]
             if node.op == "output":
                 return values[node]
             for source in node.all_input_nodes:

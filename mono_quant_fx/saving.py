@@ -22,7 +22,6 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -41,6 +40,7 @@ from mono_quant_fx.version import __version__
 FORMAT_VERSION = 1
 #: The entry of the header, and the tensor of SHA-256 digests, one row for each tensor before it.
 KEY, DIGESTS = "mono_quant_fx", "mono_quant_fx.sha256"
+_CHUNK = 1 << 22
 
 
 class Stored(NamedTuple):
@@ -53,7 +53,8 @@ class Stored(NamedTuple):
 
 def stored_tensors(gm: fx.GraphModule) -> Stored:
     """Every tensor of a graph once; merged ones as the parts that they were."""
-    pieces, seen = merged_pieces(gm), {}
+    pieces = merged_pieces(gm)
+    seen: dict[tuple[Any, ...], str] = {}
     tensors: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
     for name, tensor in graph.named_tensors(gm):
@@ -118,14 +119,9 @@ def versions() -> dict[str, str]:
 
 def digest(tensor: Tensor) -> Tensor:
     """SHA-256 of a tensor's bytes in row order: uint8 [32]."""
-    found = hashlib.sha256()
-    for part in chunks(tensor):
-        found.update(part.numpy())
+    found, flat = hashlib.sha256(), tensor.detach().cpu().contiguous().view(-1)
+    buffer = bytearray(_CHUNK)
+    for piece in flat.view(torch.uint8).split(_CHUNK) if flat.numel() else ():
+        torch.frombuffer(buffer, dtype=torch.uint8, count=len(piece)).copy_(piece)
+        found.update(memoryview(buffer)[: len(piece)])
     return torch.frombuffer(bytearray(found.digest()), dtype=torch.uint8)
-
-
-def chunks(tensor: Tensor, size: int = 1 << 24) -> Iterator[Tensor]:
-    """A tensor's bytes in row order, uint8, `size` at most at a time."""
-    flat = tensor.detach().cpu().contiguous().view(-1)
-    data = flat.view(torch.uint8) if flat.numel() else flat.new_empty(0, dtype=torch.uint8)
-    yield from data.split(size) if len(data) else ()

@@ -14,7 +14,7 @@ from mono_quant_fx import graph
 
 def written(gm: fx.GraphModule) -> list[fx.Node]:
     """The get_attr nodes whose tensor some node writes in place, itself or through a view, in execution order."""
-    found = {source for node in gm.graph.nodes for value in _writes(node) for source in _origin(value)}
+    found = {source for node in gm.graph.nodes for value in writes(node) for source in _origin(value)}
     return [node for node in gm.graph.nodes if node in found]
 
 
@@ -26,7 +26,7 @@ def own_state(gm: fx.GraphModule) -> None:
             graph.attach(gm, target, value.clone(), graph.is_persistent(gm, target))
 
 
-def _writes(node: fx.Node) -> list[fx.Node]:
+def writes(node: fx.Node) -> list[fx.Node]:
     """The values that a call writes, by torch's schemas: aten.index_copy_(Tensor(a!) self, ...) writes its first."""
     first = [a for a in node.args[:1] if isinstance(a, fx.Node)]
     if node.op == "call_module":

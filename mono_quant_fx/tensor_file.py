@@ -14,7 +14,7 @@ import os
 import stat
 import sys
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
@@ -24,11 +24,12 @@ from torch import Tensor
 
 from mono_quant_fx.errors import FileFormatError
 from mono_quant_fx.tensor_header import MAX_HEADER, PREFIX, Entry, fits, parse_header, shown
-from mono_quant_fx.tensor_writer import TensorWriter, naming, write_tensors
+from mono_quant_fx.tensor_writer import TensorWriter, memory, naming, write_tensors
 
 __all__ = ["Entry", "TensorFile", "TensorWriter", "write_tensors"]
 
 _CHUNK = 1 << 20
+_MOST = 1 << 26
 #: A private mapping can be written to, so the kernel would set memory aside for all of it, and refuse files larger
 #: than the machine's. Python names the flag from 3.13 on.
 _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
@@ -139,31 +140,29 @@ class TensorFile:
         file larger than memory reads instead. Raises like `tensor`, and FileFormatError when the file got shorter.
         """
         entry = self._entry(name)
-        buffer = torch.empty(entry.nbytes, dtype=torch.uint8)
-        end = 0
-        for piece in self._pieces(entry):
-            buffer[end : end + len(piece)] = torch.frombuffer(piece, dtype=torch.uint8)
-            end += len(piece)
-        return self._typed(entry, buffer)
+        raw = torch.empty(entry.nbytes, dtype=torch.uint8)
+        self._fill(memory(raw), entry, 0)
+        return self._typed(entry, raw)
 
     def digest(self, name: str) -> str:
         """SHA-256 of the tensor's bytes in the file, in hexadecimal; what was written to a view does not count."""
-        found = hashlib.sha256()
-        for piece in self._pieces(self._entry(name)):
+        entry, found = self._entry(name), hashlib.sha256()
+        buffer = memoryview(bytearray(min(_CHUNK, entry.nbytes)))
+        for at in range(0, entry.nbytes, _CHUNK):
+            piece = buffer[: entry.nbytes - at]
+            self._fill(piece, entry, at)
             found.update(piece)
         return found.hexdigest()
 
-    def _pieces(self, entry: Entry) -> Iterator[bytearray]:
-        """The bytes of an entry, read from the file and not through the mapping; the buffer is used again."""
-        at, stop = self._data + entry.start, self._data + entry.stop
-        buffer = bytearray(min(_CHUNK, entry.nbytes))
-        while at < stop:
+    def _fill(self, buffer: memoryview, entry: Entry, at: int) -> None:
+        """Bytes of an entry, from its byte `at` on: read from the file and not through the mapping."""
+        at += self._data + entry.start
+        while buffer:
             with naming(self.path):
-                count = os.preadv(self._descriptor, [memoryview(buffer)[: stop - at]], at)
+                count = os.preadv(self._descriptor, [buffer[:_MOST]], at)
             if not count:
                 raise FileFormatError(f"{self.path}: tensor {shown(entry.name)} ends early; the file got shorter")
-            at += count
-            yield buffer if count == len(buffer) else buffer[:count]
+            buffer, at = buffer[count:], at + count
 
     def _entry(self, name: str) -> Entry:
         if self._mapping is None:

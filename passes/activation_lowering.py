@@ -44,7 +44,8 @@ class ActivationLowering(Pass):
             seen = {s.source: s for s in annotation.observed}
             for source, user in inputs:
                 readers.setdefault(source, []).append(user)
-                scales.setdefault(source, (seen[source.name], annotation, weight.device))
+                codes = weight if annotation.stored is None else annotation.stored.weight_packed
+                scales.setdefault(source, (seen[source.name], annotation, codes.device))
         for source, users in readers.items():
             with gm.graph.inserting_before(min(users, key=order.__getitem__)):
                 value = _codes_and_back(gm, source, *scales[source])

@@ -1,4 +1,4 @@
-"""plan-restoration: decides as a file says. The decisions and codes of an earlier run, on a float graph of the model."""
+"""plan-restoration: decides as a file says. Decisions and codes of an earlier run, on a float graph of the model."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
+import torch
 from torch import Tensor, fx, nn
 
 from mono_quant_fx.annotation import QuantAnnotation, annotated, set_annotation, users_of
@@ -14,7 +15,7 @@ from mono_quant_fx.biases import add_bias, bias_at, bias_name
 from mono_quant_fx.errors import PlanError
 from mono_quant_fx.numerics import QuantizedWeight
 from mono_quant_fx.pass_base import Pass
-from mono_quant_fx.weight_ops import Weight, argument, find_weights, hidden_weights
+from mono_quant_fx.weight_ops import Weight, argument, find_weights, hidden_weights, matrix_shape
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,11 @@ class PlanRestoration(Pass):
         if missing:
             raise PlanError(f"{self.name}: weight {own.weight!r} has a scheme, but there is no tensor {missing[0]!r}")
         packed, scale, *zero_point = (self.tensors[name] for name in names)
-        return QuantizedWeight(packed, scale, zero_point[0] if zero_point else None)
+        stored = QuantizedWeight(packed, scale, zero_point[0] if zero_point else None)
+        complaint = _complaint(stored, own)
+        if complaint is not None:
+            raise PlanError(f"{self.name}: weight {own.weight!r} is {own.scheme} in the plan, but {complaint}")
+        return stored
 
     def _add_biases(self, gm: fx.GraphModule, weight: Weight, own: QuantAnnotation) -> None:
         for use, user in zip(weight.uses, own.users, strict=True):
@@ -88,3 +93,18 @@ class PlanRestoration(Pass):
             name = bias_name(gm, own.weight, user.module)
             if name in self.tensors:
                 add_bias(gm, use.node, weight.node, at, name, nn.Parameter(self.tensors[name], requires_grad=False))
+
+
+def _complaint(stored: QuantizedWeight, own: QuantAnnotation) -> str | None:
+    """What is wrong with the shapes and types of a weight's tensors; None if nothing is."""
+    scheme, (rows, columns) = own.scheme, matrix_shape(own.shape, own.layout, own.groups)
+    if scheme is None:
+        return "it has no scheme"
+    group = columns if scheme.group_size == -1 else scheme.group_size
+    sizes = (rows, max(1, -(-columns // group)))
+    codes = ((rows, -(-columns // 8)), torch.int32) if scheme.bits == 4 else ((rows, columns), torch.int8)
+    wanted = (codes, (sizes, getattr(torch, own.dtype)), (sizes, torch.int8))
+    for name, tensor, (shape, dtype) in zip(own.storage_names, stored, wanted, strict=True):
+        if tensor is not None and (tuple(tensor.shape), tensor.dtype) != (shape, dtype):
+            return f"{name} is {tensor.dtype}{list(tensor.shape)} and not {dtype}{list(shape)}"
+    return None

@@ -26,9 +26,9 @@ def check_pass(
     args: tuple[Any, ...] | None = None,
     tolerance: float | None = 0.0,
 ) -> fx.GraphModule:
-    """Runs `pass_` on `gm` and checks: golden graphs, `modified`, input untouched bitwise, meta kept, second run a
-    no-op, deepcopy works, and (with `args`) the output within `tolerance` of the input graph's (None: any output).
-    Returns the resulting graph.
+    """Runs `pass_` on `gm` and checks: golden graphs, `modified`, input untouched bitwise, meta kept, an origin for
+    each new node, second run a no-op, deepcopy works, and (with `args`) the output within `tolerance` of the input
+    graph's (None: any output). Returns the resulting graph.
     """
     if before is not None:
         assert_graph(gm, before)
@@ -40,9 +40,11 @@ def check_pass(
     if after is not None:
         assert_graph(result.graph_module, after)
     _check_meta(gm, result.graph_module)
+    _check_history(pass_, gm, result.graph_module)
     again = pass_(result)
     assert again.modified is False, "a second run changed the graph"
     assert again.graph_module is result.graph_module
+    _check_history(pass_, gm, again.graph_module)
     result.graph_module.graph.lint()
     twin = copy.deepcopy(result.graph_module)
     assert mq.format_graph(twin) == mq.format_graph(result.graph_module)
@@ -99,3 +101,22 @@ def _check_meta(before: fx.GraphModule, after: fx.GraphModule) -> None:
             continue
         for key in KEPT_META:
             assert node.meta.get(key) == twin.meta.get(key), (node.name, key)
+
+
+def _check_history(pass_: mq.Pass, before: fx.GraphModule, after: fx.GraphModule) -> None:
+    """Each node keeps what its history told before; what this pass did stands behind it, once, and has a source."""
+    earlier = {step for node in before.graph.nodes for step in mq.history(node)}
+    old = {n.name: n for n in before.graph.nodes}
+    for node in after.graph.nodes:
+        steps = mq.history(node)
+        own = [step for step in steps if step not in earlier]
+        assert list(steps[len(steps) - len(own) :]) == own and len(steps) == len(set(steps)), node.name
+        assert all(step.pass_name == pass_.name for step in own), node.name
+        assert all(step.sources and set(step.sources) <= set(old) for step in own), f"{node.name} has no origin"
+        created = [step.node for step in own if step.action == "created"]
+        twin = old.get(node.name)
+        if twin is None:
+            assert created == [node.name], f"{node.name} has no origin"
+        elif not created:
+            assert steps[: len(steps) - len(own)] == mq.history(twin), node.name
+            assert (twin.op, twin.target) == (node.op, node.target) or own, f"{node.name} changed unseen"

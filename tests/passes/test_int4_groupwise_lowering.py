@@ -105,3 +105,19 @@ def test_nan_and_infinity_are_errors_that_name_the_weight(value):
 def test_it_does_not_fire_without_annotations():
     with pytest.raises(mq.PreconditionError, match="int4-lowering: no weight is annotated; run skip-annotation first"):
         mq.passes.Int4GroupwiseLowering()(mq.capture(MLP().eval()))
+
+
+def test_codes_that_are_there_need_no_float_weight():
+    from dataclasses import replace
+
+    from mono_quant_fx.annotation import annotated, set_annotation
+
+    model = nn.Sequential(nn.Linear(64, 32, bias=False))
+    stored = numerics.quantize_matrix(model[0].weight.detach(), CONFIG.scheme)
+    expected = mq.passes.Int4GroupwiseLowering()(annotate(model)).graph_module
+    gm = annotate(model.to("meta"))
+    ((node, annotation),) = annotated(gm)
+    set_annotation(node, replace(annotation, stored=stored))
+    actual = mq.passes.Int4GroupwiseLowering()(gm).graph_module
+    x = torch.randn(2, 64)
+    assert mq.format_graph(actual) == mq.format_graph(expected) and torch.equal(actual(x), expected(x))

@@ -1,0 +1,188 @@
+"""bisect: the pass after which a pipeline loses accuracy, and the node in which that pass loses it.
+
+Two comparisons, both in lockstep. Against the float graph: how good is each node's output after a pass. Against the
+graph right before that pass: what did the pass itself do to each node, on inputs without that pass's other errors.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor, fx
+
+from mono_quant_fx import graph
+from mono_quant_fx.bisection_report import Bisection, BisectionStep, Suspect
+from mono_quant_fx.data import Batch, Prepare, collect, leaves
+from mono_quant_fx.errors import CalibrationError, ConfigError, PreconditionError
+from mono_quant_fx.lockstep import Lockstep
+from mono_quant_fx.metrics import ErrorSum
+from mono_quant_fx.run import run_batch
+from mono_quant_fx.state import writes, written
+
+#: Every node that the pass changed has its own error carried to the output on a few samples, the costliest on all.
+FEW_SAMPLES, MOST_SUSPECTS = 4, 8
+
+
+class Stage(Protocol):
+    """What bisect needs of a pass."""
+
+    @property
+    def name(self) -> str:
+        """For the report."""
+
+    def __call__(self, gm: Any, /) -> Any:
+        """Gives a PassResult."""
+
+
+class _Errors(NamedTuple):
+    """By node name; "output" is the model's."""
+
+    accumulated: dict[str, ErrorSum]
+    local: dict[str, ErrorSum]
+
+    def output_db(self) -> float:
+        """Of the model's output."""
+        return _db(self.accumulated["output"])
+
+
+def bisect(
+    stages: Sequence[Stage], gm: Any, data: Iterable[Any], threshold_db: float, prepare_batch: Prepare | None = None
+) -> Bisection:
+    """See Pipeline.bisect."""
+    if isinstance(threshold_db, bool) or not isinstance(threshold_db, int | float) or not math.isfinite(threshold_db):
+        raise ConfigError(f"threshold_db={threshold_db!r}: a finite number of dB is needed, 20.0 for example")
+    if not isinstance(gm, fx.GraphModule):
+        raise PreconditionError(
+            f"bisect: a GraphModule is needed, not {type(gm).__name__}; mq.capture(model) makes one"
+        )
+    batches, samples = collect(data, 1 << 62, prepare_batch)
+    _check_reference(gm, batches)
+    steps: list[BisectionStep] = []
+    found: tuple[fx.GraphModule, fx.GraphModule] | None = None
+    current, output_db = gm, math.inf
+    for stage in stages:
+        start = time.perf_counter()
+        result = stage(current)
+        seconds = time.perf_counter() - start
+        if result.modified:
+            output_db = _after(stage, gm, result.graph_module, batches).output_db()
+        steps.append(BisectionStep(stage.name, output_db, result.modified, seconds))
+        if found is None and output_db < threshold_db:
+            found = current, result.graph_module
+        current = result.graph_module
+    if found is None:
+        return Bisection(float(threshold_db), tuple(steps), samples)
+    return _blame(Bisection(float(threshold_db), tuple(steps), samples), gm, found, batches)
+
+
+def _check_reference(gm: fx.GraphModule, batches: list[Batch]) -> None:
+    """The float graph runs, and says the same twice."""
+    errors = _compare(gm, gm, batches, set())
+    if not errors.accumulated["output"].batches:
+        raise PreconditionError("bisect: the model's output holds no floating-point tensor, so that it has no SQNR")
+    if errors.output_db() != math.inf:
+        raise PreconditionError(
+            "bisect: the graph gives another output when it runs a second time; make it deterministic first (eval())"
+        )
+
+
+def _after(stage: Stage, reference: fx.GraphModule, gm: fx.GraphModule, batches: list[Batch]) -> _Errors:
+    try:
+        return _compare(reference, gm, batches, set())
+    except CalibrationError as e:
+        raise CalibrationError(f"bisect: after {stage.name} the graph does not run as the float graph does: {e}") from e
+
+
+def _compare(a: fx.GraphModule, b: fx.GraphModule, batches: list[Batch], local_at: set[str]) -> _Errors:
+    """How far the nodes of `b` are from those of `a`."""
+    errors = _Errors(defaultdict(ErrorSum), defaultdict(ErrorSum))
+
+    def visit(node: fx.Node, expected: Any, accumulated: Any, local: Any) -> None:
+        is_output = node.op == "output"
+        if is_output and not _add(errors.accumulated["output"], expected, accumulated):
+            raise CalibrationError("the outputs' shapes differ")
+        if node.op.startswith("call_"):
+            _add(errors.accumulated[node.name], expected, accumulated)
+            if local is not None:
+                _add(errors.local[node.name], expected, local)
+
+    plan = Lockstep(_isolated(a), _isolated(b), local_at)
+    for number, batch in enumerate(batches):
+        plan.run(batch, number, visit)
+    return errors
+
+
+def _blame(
+    report: Bisection,
+    reference: fx.GraphModule,
+    found: tuple[fx.GraphModule, fx.GraphModule],
+    batches: list[Batch],
+) -> Bisection:
+    before, after = found
+    index = next(i for i, step in enumerate(report.steps) if step.output_db < report.threshold_db)
+    constant = graph.constant_nodes(after)
+    nodes = {n.name: n for n in after.graph.nodes if not constant[n] and n.op.startswith("call_")}
+    drifted = _compare(reference, after, batches, set()).accumulated
+    first = next((n for n in nodes if n in drifted and _db(drifted[n]) < report.threshold_db), "output")
+    again = {n for n, node in nodes.items() if not writes(node)}  # what writes must not run a second time
+    own = {n: _db(total) for n, total in _compare(before, after, batches, again).local.items() if total.batches}
+    order = list(nodes)
+    worst = [n for n in order if own.get(n, math.inf) < math.inf]
+    if len(worst) > MOST_SUSPECTS:
+        few = _carried(before, after, [batches[0].first(FEW_SAMPLES)], worst)
+        worst = sorted(worst, key=lambda n: (few[n], order.index(n)))[:MOST_SUSPECTS]
+    alone = _carried(before, after, batches, worst)
+    suspects = [
+        Suspect(n, graph.op_name(nodes[n]), graph.module_path(nodes[n]), own[n], alone[n])
+        for n in sorted(worst, key=lambda n: (alone[n], order.index(n)))
+    ]
+    culprit = suspects[0].node if suspects else first
+    return report.with_culprit(index, culprit, first, tuple(suspects))
+
+
+def _carried(before: fx.GraphModule, after: fx.GraphModule, batches: list[Batch], names: list[str]) -> dict[str, float]:
+    """SQNR of the output when one of these nodes alone is as it is after the pass, and all else as before it."""
+    exact = _isolated(before)
+    is_stateful = bool(written(before))  # then each node's runs need a state of their own
+    twins = {name: _isolated(before) if is_stateful else exact for name in names}
+    errors = {name: ErrorSum() for name in names}
+    plan = Lockstep(_isolated(before), _isolated(after), set(names))
+    for number, batch in enumerate(batches):
+        expected = run_batch(exact, batch, number)
+
+        def visit(node: fx.Node, _: Any, __: Any, local: Any, batch: Batch = batch, expected: Any = expected) -> None:
+            if local is not None:
+                actual = run_batch(twins[node.name], batch, replaced={node.name: local})
+                _add(errors[node.name], expected, actual)
+
+        plan.run(batch, number, visit)
+    return {name: _db(total) for name, total in errors.items()}
+
+
+def _isolated(gm: fx.GraphModule) -> fx.GraphModule:
+    twin = graph.isolate(gm)
+    assert isinstance(twin, fx.GraphModule)
+    return twin
+
+
+def _add(total: ErrorSum, expected: Any, actual: Any) -> bool:
+    """Adds the floating-point tensors of two values; False, and nothing added, where their shapes differ."""
+    pairs = list(zip(_tensors(expected), _tensors(actual), strict=False))
+    if len(_tensors(expected)) != len(_tensors(actual)) or any(a.shape != b.shape for a, b in pairs):
+        return False
+    for a, b in pairs:
+        total.add(a, b)
+    return True
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [v for v in leaves(value) if isinstance(v, Tensor) and v.is_floating_point()]
+
+
+def _db(total: ErrorSum) -> float:
+    db = total.sqnr_db
+    return math.inf if db is None else db

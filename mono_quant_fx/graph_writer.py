@@ -1,0 +1,177 @@
+"""A GraphModule as plain JSON data: nodes, calls by name, modules by class and arguments, tensors by name only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.graph import CodeGen, _PyTreeCodeGen
+
+from mono_quant_fx import graph
+from mono_quant_fx.annotation import get_annotation
+from mono_quant_fx.annotation_json import annotation_to_json
+from mono_quant_fx.errors import NotSelfContainedError
+from mono_quant_fx.graph_ops import function_name, is_method
+from mono_quant_fx.guards import GuardsFn, is_guards, trace_guards
+from mono_quant_fx.json_values import DTYPES, value_to_json, within
+from mono_quant_fx.leaf_modules import check_hooks, leaf_to_json
+from mono_quant_fx.tree_json import tree_to_json
+
+FORMAT, VERSION = "mono_quant_fx graph", 1
+
+
+@dataclass
+class Writer:
+    """What has been written so far: each tensor under its first name, further names as ties, texts once."""
+
+    tensors: dict[str, dict[str, Any]] = field(default_factory=dict)
+    tied: dict[str, str] = field(default_factory=dict)
+    stacks: dict[tuple[tuple[str, str], ...], int] = field(default_factory=dict)
+    traces: dict[str, int] = field(default_factory=dict)
+    values: dict[str, Tensor] = field(default_factory=dict)
+    _first: dict[Any, str] = field(default_factory=dict)
+
+    def write(self, gm: fx.GraphModule) -> dict[str, Any]:
+        """The whole document."""
+        if gm.training:
+            raise NotSelfContainedError("the graph is in training mode; call .eval() on it first")
+        check_hooks(gm, "the graph")
+        written = self.graph(gm, "")
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "tensors": self.tensors,
+            "tied": self.tied,
+            "stacks": [[list(entry) for entry in stack] for stack in self.stacks],
+            "traces": list(self.traces),
+            "graph": written,
+        }
+
+    def graph(self, gm: fx.GraphModule, prefix: str) -> dict[str, Any]:
+        """One graph; `prefix` is the path of its module, with a dot, in the outermost one."""
+        modules: dict[str, Any] = {}
+        nodes = []
+        for node in gm.graph.nodes:
+            with within(f"node {node.name!r}"):
+                if node.op in ("get_attr", "call_module"):
+                    self._attribute(gm, node, prefix, modules)
+                nodes.append(self._node(node))
+        return {"nodes": nodes, "modules": modules, "codegen": _codegen(gm.graph._codegen)}
+
+    def _node(self, node: fx.Node) -> dict[str, Any]:
+        record: dict[str, Any] = {"name": node.name, "op": node.op}
+        if node.op != "output":
+            record["target"] = _target(node)
+        if node.args:
+            record["args"] = [value_to_json(a) for a in node.args]
+        if node.kwargs:
+            record["kwargs"] = {k: value_to_json(v) for k, v in node.kwargs.items()}
+        annotation = get_annotation(node)
+        if annotation is not None:
+            record["annotation"] = annotation_to_json(annotation)
+        stack = tuple(graph.module_stack(node))
+        if stack:
+            record["stack"] = self.stacks.setdefault(stack, len(self.stacks))
+        trace = node.meta.get("stack_trace")
+        if isinstance(trace, str):
+            record["trace"] = self.traces.setdefault(trace, len(self.traces))
+        return record
+
+    def _attribute(self, gm: fx.GraphModule, node: fx.Node, prefix: str, modules: dict[str, Any]) -> None:
+        target = str(node.target)
+        value = graph.get_attribute(gm, target)
+        if isinstance(value, Tensor):
+            self._tensor(prefix + target, value, graph.is_persistent(gm, target))
+        elif not isinstance(value, nn.Module):
+            raise NotSelfContainedError(
+                f"it reads the attribute {target}, a {type(value).__qualname__}; only tensors and modules can be stored"
+            )
+        elif target not in modules and not _inside(target, modules):
+            modules[target] = self._module(value, f"{prefix}{target}.", len(node.args))
+
+    def _module(self, module: nn.Module, prefix: str, inputs: int) -> dict[str, Any]:
+        check_hooks(module, prefix[:-1])
+        if isinstance(module, GuardsFn):
+            return {"guards": self.graph(module.checks, prefix)}
+        if is_guards(module):
+            return {"guards": self.graph(trace_guards(module, inputs), prefix)}
+        if isinstance(module, fx.GraphModule):
+            return {"graph": self.graph(module, prefix)}
+        record = leaf_to_json(module)
+        for name, tensor in graph.named_tensors(module):
+            self._tensor(prefix + name, tensor, graph.is_persistent(module, name))
+        return record
+
+    def _tensor(self, name: str, tensor: Tensor, persistent: bool) -> None:
+        if name in self.tensors or name in self.tied:
+            return
+        plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and not tensor.is_quantized
+        if not plain or str(tensor.dtype)[6:] not in DTYPES:
+            raise NotSelfContainedError(
+                f"the tensor {name} is a {type(tensor).__qualname__} of layout {tensor.layout} and dtype {tensor.dtype}; "
+                "only plain dense tensors can be stored"
+            )
+        record = {
+            "kind": "parameter" if isinstance(tensor, nn.Parameter) else "buffer",
+            "persistent": persistent,
+            "requires_grad": tensor.requires_grad,
+            "dtype": str(tensor.dtype)[6:],
+            "shape": list(tensor.shape),
+        }
+        first = self._first.setdefault((_identity(tensor), record["kind"], tensor.requires_grad, persistent), name)
+        if first != name:
+            self.tied[name] = first
+        else:
+            self.tensors[name], self.values[name] = record, tensor
+
+
+def _inside(target: str, modules: dict[str, Any]) -> bool:
+    parts = target.split(".")
+    return any(".".join(parts[:i]) in modules for i in range(1, len(parts)))
+
+
+def _identity(tensor: Tensor) -> Any:
+    if tensor.is_meta or tensor.numel() == 0:
+        return id(tensor)
+    storage = tensor.untyped_storage()._cdata
+    return storage, tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype
+
+
+def _target(node: fx.Node) -> str:
+    """What a node calls or reads, by name."""
+    if node.op == "call_method" and not is_method(node.target):
+        raise NotSelfContainedError(
+            f"it calls the tensor method .{node.target}, which a stored graph may not call; compute it another way, or "
+            "keep it outside the model"
+        )
+    if node.op != "call_function":
+        return str(node.target)
+    name = function_name(node.target)
+    if name is None:
+        kind = getattr(node.target, "__module__", None), getattr(node.target, "__qualname__", None)
+        spelled = str(node.target) if None in kind else ".".join(map(str, kind))
+        spelled = str(node.target) if isinstance(node.target, torch._ops.OpOverload) else spelled
+        raise NotSelfContainedError(
+            f"it calls {spelled}, which a stored graph may not call: only the plain functions of torch, operator and "
+            'math can be found again by name; write it in terms of those, or capture with method="export"'
+        )
+    return name
+
+
+def _codegen(codegen: CodeGen) -> dict[str, Any] | None:
+    """How forward takes its inputs and returns its outputs; None for plain arguments."""
+    if type(codegen) is CodeGen:
+        return None
+    if type(codegen) is not _PyTreeCodeGen:
+        raise NotSelfContainedError(
+            f"the graph writes its forward with {type(codegen).__qualname__}; only torch.fx's own code and that of "
+            "torch.export can be stored"
+        )
+    info = codegen.pytree_info
+    return {
+        "arguments": list(info.orig_args),
+        "inputs": tree_to_json(info.in_spec, "input"),
+        "outputs": None if info.out_spec is None else tree_to_json(info.out_spec, "output"),
+    }
