@@ -17,6 +17,7 @@ from typing import NoReturn
 
 from mono_quant_fx import demo
 from mono_quant_fx.cli_compare import compare_report, loss_verdict, read_table
+from mono_quant_fx.cli_export import run_export
 from mono_quant_fx.cli_options import add_config_options
 from mono_quant_fx.cli_quantize import run_quantize
 from mono_quant_fx.cli_report import THRESHOLD, inspect_file, verdict
@@ -98,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog=PROGRAM, description="Quantizes PyTorch models after training.", epilog=CODES)
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for add in (_add_quantize, _add_inspect, _add_compare, _add_verify, _add_demo):
+    for add in (_add_quantize, _add_inspect, _add_compare, _add_verify, _add_export, _add_demo):
         add(commands)
     return parser
 
@@ -174,6 +175,17 @@ def _add_verify(commands: argparse._SubParsersAction[_Parser]) -> None:
     command.add_argument("file", type=Path, metavar="FILE", help="that quantize or mono_quant_fx.save wrote")
 
 
+def _add_export(commands: argparse._SubParsersAction[_Parser]) -> None:
+    text = "write a file's model as a folder that compressed-tensors, transformers and vLLM read"
+    command = _command(commands, "export", _export, text, has_table=False)
+    command.add_argument("file", type=Path, metavar="FILE", help="that quantize or mono_quant_fx.save wrote")
+    command.add_argument("folder", type=Path, metavar="OUT_FOLDER", help="what to write; made if it is missing")
+    command.add_argument(
+        "--model", metavar="MODULE:FACTORY",
+        help="as for quantize, and the meta device will do; not needed for a file that was written with --graph",
+    )  # fmt: skip
+
+
 def _add_demo(commands: argparse._SubParsersAction[_Parser]) -> None:
     text = "quantize a real sentence encoder to INT4 and show what that did to it"
     command = _command(commands, "demo", _demo, text, has_table=False)
@@ -235,6 +247,11 @@ def _verify(options: argparse.Namespace) -> int:
         before = () if problems else (f"{said}all good",)
         _print(Report(Grid("", ("where", "what"), problems), data, before), options.format, None)
     return _fail(f"{said}{len(problems)} faults", BAD) if problems else GOOD
+
+
+def _export(options: argparse.Namespace) -> int:
+    _write("\n".join(map(printable, run_export(options).split("\n"))))
+    return GOOD
 
 
 def _demo(options: argparse.Namespace) -> int:

@@ -30,10 +30,13 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 SHOWN = 5
 
 
-def make_model(spec: str) -> nn.Module:
+def make_model(spec: str, needs_values: bool = True) -> nn.Module:
     """Calls `package.module:factory`, which the user named, and returns its module in eval mode.
 
     The current folder is searched as with python -m. What the user's code prints goes to stderr.
+
+    Args:
+        needs_values: a model on the meta device will not do.
 
     Raises:
         CommandError: there is no such thing, it raises, or it returns no module with values.
@@ -56,7 +59,7 @@ def make_model(spec: str) -> nn.Module:
         model = factory()
     if not isinstance(model, nn.Module):
         raise CommandError(f"--model {spec}: {path}() returned a {type(model).__name__}; a torch.nn.Module is needed")
-    if any(tensor.is_meta for _, tensor in named_tensors(model)):
+    if needs_values and any(tensor.is_meta for _, tensor in named_tensors(model)):
         raise CommandError(f"--model {spec}: the model is on the meta device; build it on the CPU, with values")
     return model.eval()
 

@@ -72,7 +72,7 @@ LAYERS = [
     {"compile_backend", "verification"},
     {"cli_text", "cli_options"},
     {"cli_inputs", "cli_report", "cli_compare"},
-    {"cli_quantize"},
+    {"cli_quantize", "cli_export"},
     {"__init__", "__main__", "cli", "demo", "demo_model"},
 ]
 

@@ -43,6 +43,11 @@ def make():
     return nn.Sequential(nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 32), nn.LayerNorm(32), nn.Linear(32, 16))
 
 
+def hollow_make():
+    with torch.device("meta"):
+        return make()
+
+
 class Tied(nn.Module):
     def __init__(self):
         super().__init__()
@@ -202,7 +207,7 @@ def test_every_setting_is_an_option_with_a_help():
 
 
 def test_help_of_every_command(capsys):
-    for command in ("", "quantize", "inspect", "compare", "verify", "demo"):
+    for command in ("", "quantize", "inspect", "compare", "verify", "export", "demo"):
         with pytest.raises(SystemExit) as stopped:
             main([*filter(None, [command]), "--help"])
         assert stopped.value.code == 0
@@ -597,6 +602,28 @@ def test_verify_looks_behind_the_last_column_and_at_zero_points(tmp_path, capsys
     ]
 
 
+@pytest.mark.parametrize("model", ["make", "hollow_make", None])
+def test_export(model, work, tmp_path, capsys):
+    source = tmp_path / "own.safetensors"
+    said(capsys, [*QUANTIZE, "--graph", "--out", source])
+    said(capsys, ["verify", source])
+    more = [] if model is None else ["--model", f"cli_nets:{model}"]
+    printed = said(capsys, ["export", source, tmp_path / "out", *more]).out
+    assert re.fullmatch(r"\S+/out/config.json: .*\n\S+/out/model.safetensors: 7\.\d kB\n", printed)
+    config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    assert config["quant_method"] == "compressed-tensors"
+    with TensorFile(tmp_path / "out/model.safetensors") as a, TensorFile(source) as b:
+        assert torch.equal(a.tensor("0.weight_packed"), b.tensor("0.weight_packed"))
+
+
+def test_what_export_refuses(work, tmp_path, capsys):
+    assert "holds no graph: pass the float model" in failure(capsys, ["export", "plain.safetensors", tmp_path / "out"])
+    more = ["--model", "cli_nets:Tied"]
+    assert "plan" in failure(capsys, ["export", "plain.safetensors", tmp_path / "out", *more])
+    assert "this is a file" in failure(capsys, ["export", "plain.safetensors", "cli_nets.py"])
+    assert not (tmp_path / "out").exists()
+
+
 def test_names_in_a_file_do_not_steer_the_terminal(work, tmp_path, capsys):
     def hostile(tensors, about):
         tensors["\x1b[2J\n\u202e"] = torch.zeros(1)
@@ -692,4 +719,4 @@ def test_the_page_shows_what_its_commands_print(tmp_path, monkeypatch, capsys):
             else:
                 assert shown in ("", actual), actual
     monkeypatch.delitem(sys.modules, "net", raising=False)
-    assert codes == [0, 0, 0, 0, 0, 1]
+    assert codes == [0, 0, 0, 0, 0, 0, 1]
