@@ -56,6 +56,8 @@ def verify_file(file: TensorFile) -> Findings:
     found.problems += _check_names(file, header, owned)
     found.problems += _check_table(header)
     found.problems += _check_digests(file)
+    first = {(p.where, p.what.partition(";")[0]): p for p in reversed(found.problems)}  # missing twice is missing once
+    found.problems = [p for p in found.problems if first[p.where, p.what.partition(";")[0]] is p]
     return found
 
 
@@ -193,8 +195,22 @@ def _check_names(file: TensorFile, header: Header, owned: set[str]) -> Iterator[
         base = next((name.removesuffix(end) for end in STORED if name.endswith(end)), None)
         if base is not None and (base in planned or f"{base}_packed" in file.entries):
             yield Problem(name, "is unknown; no weight of the plan is stored so")
+    yield from _check_graph_names(file, header)
     for name in sorted(lowered & file.entries.keys() - owned):
         yield Problem(name, "is unknown; the plan stores this weight as codes, and here is a float tensor besides")
+
+
+def _check_graph_names(file: TensorFile, header: Header) -> Iterator[Problem]:
+    """A graph in the file lists its tensors: these, and no others, are there."""
+    records = header.graph.get("tensors") if isinstance(header.graph, dict) else None
+    if not isinstance(records, dict):
+        return
+    names = [str(name) for name in records]
+    read = {own for name in names for own in header.stacked.get(name, [header.tied.get(name, name)])}
+    for name in sorted(read - file.entries.keys()):
+        yield Problem(name, "is missing; the graph in the file reads it")
+    for name in sorted(file.entries.keys() - read - {DIGESTS}):
+        yield Problem(name, "is unknown; the graph in the file does not read it")
 
 
 def _check_table(header: Header) -> Iterator[Problem]:

@@ -602,6 +602,24 @@ def test_verify_looks_behind_the_last_column_and_at_zero_points(tmp_path, capsys
     ]
 
 
+def test_verify_knows_every_tensor_of_a_file_with_its_graph(tmp_path, capsys):
+    model = nn.ModuleDict({"q": nn.Linear(64, 32), "k": nn.Linear(64, 32)}).eval()
+    model.forward = lambda x: model["q"](x) * model["k"](x)
+    mq.quantize(model, torch.zeros(2, 64), accuracy_warning="ignore").save(tmp_path / "a.safetensors", graph=True)
+    said(capsys, ["verify", tmp_path / "a.safetensors"])
+
+    def damage(tensors, about):
+        tensors["stray"] = torch.zeros(1)
+        del tensors["k.bias"], tensors["q.weight_scale"]
+
+    path = changed(tmp_path / "a.safetensors", tmp_path / "b.safetensors", damage)
+    assert said(capsys, ["verify", path], 2).out.splitlines() == [
+        "'q.weight_scale' is missing; the plan stores weight 'q.weight' so",
+        "'k.bias' is missing; 'q_k.bias' is stacked from it",
+        "'stray' is unknown; the graph in the file does not read it",
+    ]
+
+
 @pytest.mark.parametrize("model", ["make", "hollow_make", None])
 def test_export(model, work, tmp_path, capsys):
     source = tmp_path / "own.safetensors"
@@ -609,7 +627,7 @@ def test_export(model, work, tmp_path, capsys):
     said(capsys, ["verify", source])
     more = [] if model is None else ["--model", f"cli_nets:{model}"]
     printed = said(capsys, ["export", source, tmp_path / "out", *more]).out
-    assert re.fullmatch(r"\S+/out/config.json: .*\n\S+/out/model.safetensors: 7\.\d kB\n", printed)
+    assert re.fullmatch(r"\S+/out/config.json: .*\n\S+/out/model.safetensors: 8\.\d kB\n", printed)
     config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
     assert config["quant_method"] == "compressed-tensors"
     with TensorFile(tmp_path / "out/model.safetensors") as a, TensorFile(source) as b:
