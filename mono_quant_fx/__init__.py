@@ -9,6 +9,7 @@ from mono_quant_fx.compile_report import CompiledGraph, CompileReport
 from mono_quant_fx.compiler import default_pipeline, quantize
 from mono_quant_fx.config import DEFAULT_INT4_SKIP, QuantConfig, QuantScheme
 from mono_quant_fx.dequantize_model import dequantize_model
+from mono_quant_fx.draw import Drawing, draw, draw_diff
 from mono_quant_fx.errors import (
     AccuracyError,
     CalibrationError,
@@ -47,6 +48,7 @@ from mono_quant_fx.observers import (
     create_observer,
 )
 from mono_quant_fx.pass_base import Pass, PassResult, Pipeline
+from mono_quant_fx.pass_html import PassChange
 from mono_quant_fx.printing import diff_graphs, format_graph
 from mono_quant_fx.provenance import Step, history
 from mono_quant_fx.result import QuantizationInfo, QuantizationResult, save
@@ -76,6 +78,7 @@ __all__ = [
     "CompileReport",
     "CompiledGraph",
     "ConfigError",
+    "Drawing",
     "ExperimentalWarning",
     "Explanation",
     "FileFormatError",
@@ -90,6 +93,7 @@ __all__ = [
     "NothingQuantizedError",
     "Observer",
     "Pass",
+    "PassChange",
     "PassError",
     "PassResult",
     "PatternError",
@@ -117,6 +121,8 @@ __all__ = [
     "default_pipeline",
     "dequantize_model",
     "diff_graphs",
+    "draw",
+    "draw_diff",
     "explain",
     "export_compressed_tensors",
     "format_graph",

@@ -61,8 +61,9 @@ FUNCTIONS = {
     "torch.linalg": "cross det inv matrix_norm multi_dot norm solve vecdot vector_norm",
     "torch.special": "digamma entr erf erfc erfinv exp2 expit expm1 i0 i0e log1p log_softmax logit logsumexp softmax",
     "operator": (
-        "abs add and_ concat contains eq floordiv ge getitem gt iadd iand ifloordiv ilshift imatmul imod imul index inv "
-        "invert ior ipow irshift isub itruediv ixor le lshift lt matmul mod mul ne neg not_ or_ pos pow rshift setitem "
+        "abs add and_ concat contains eq floordiv ge getitem gt iadd iand ifloordiv ilshift imatmul imod imul index "
+        "inv invert ior ipow irshift isub itruediv ixor le lshift lt matmul mod mul ne neg not_ or_ pos pow "
+        "rshift setitem "
         "sub truediv truth xor"
     ),
     "math": (
@@ -94,8 +95,9 @@ METHODS = (
     "item kron kthvalue lcm ldexp le lerp less less_equal lgamma log log10 log1p log2 log_softmax logaddexp logaddexp2 "
     "logcumsumexp logdet logical_and logical_not logical_or logical_xor logit logsumexp long lt masked_fill "
     "masked_scatter masked_select matmul matrix_exp matrix_power max maximum mean median min minimum mm mode moveaxis "
-    "movedim msort mul multinomial multiply mv mvlgamma nan_to_num nanmean nanmedian nanquantile nansum narrow ndimension "
-    "ne neg negative nelement new_empty new_full new_ones new_tensor new_zeros nextafter nonzero norm not_equal numel "
+    "movedim msort mul multinomial multiply mv mvlgamma nan_to_num nanmean nanmedian nanquantile nansum narrow "
+    "ndimension ne neg negative nelement new_empty new_full new_ones new_tensor new_zeros nextafter nonzero "
+    "norm not_equal numel "
     "outer permute pinverse polygamma positive pow prelu prod quantile rad2deg ravel reciprocal relu remainder renorm "
     "repeat repeat_interleave reshape reshape_as resolve_conj resolve_neg roll rot90 round rsqrt scatter scatter_add "
     "scatter_reduce select select_scatter sgn short sigmoid sign signbit sin sinc sinh size slice_scatter softmax sort "
@@ -127,7 +129,7 @@ ATEN_PRIVATE = (
 #: aten operators that reach beyond the tensors they are given, and kernels of single backends.
 ATEN_REFUSED = (
     "from_file pin_memory record_stream refine_names rename rename_ requires_grad_ resize resize_ resize_as "
-    "resize_as_ resize_as_sparse resize_as_sparse_ retain_grad set set_ set_data data is_pinned output_nr promote_types "
-    "can_cast result_type align_as align_tensors align_to"
+    "resize_as_ resize_as_sparse resize_as_sparse_ retain_grad set set_ set_data data is_pinned output_nr "
+    "promote_types can_cast result_type align_as align_tensors align_to"
 )
 ATEN_REFUSED_STARTS = ("mkldnn_", "cudnn_", "miopen_", "mps_", "fbgemm_", "q_", "quantized_", "sparse_", "to_mkldnn")

@@ -133,7 +133,7 @@ def check_call(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> No
         known = len(args) == 2 and isinstance(args[1], str) and args[1] in _ATTRIBUTES
         if not known or kwargs or not isinstance(args[0], fx.Node):
             raise GraphFormatError(
-                f"getattr reads {show(args[1] if len(args) > 1 else None)}; allowed: one of {allowed_calls.ATTRIBUTES}, "
+                f"getattr reads {show(args[1] if len(args) > 1 else None)}; it may be {allowed_calls.ATTRIBUTES}, "
                 "of a node"
             )
     elif getattr(target, "__module__", None) == "_operator":

@@ -123,7 +123,9 @@ class Reader:
         for target in targets:
             with within(f"target {show(target)}"):
                 check_path(target, "the path")
-                need(not _above(target, set(targets) - modules.keys()), "the path", target, "a part of it is a tensor's")
+                need(
+                    not _above(target, set(targets) - modules.keys()), "the path", target, "a part of it is a tensor's"
+                )
                 home = target if target in modules else _above(target, modules)
                 if not home:
                     tensor, persistent = self.tensors.take(prefix + target)

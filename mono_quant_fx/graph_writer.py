@@ -110,8 +110,8 @@ class Writer:
         plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and not tensor.is_quantized
         if not plain or str(tensor.dtype)[6:] not in DTYPES:
             raise NotSelfContainedError(
-                f"the tensor {name} is a {type(tensor).__qualname__} of layout {tensor.layout} and dtype {tensor.dtype}; "
-                "only plain dense tensors can be stored"
+                f"the tensor {name} is a {type(tensor).__qualname__} of {tensor.layout}, {tensor.dtype}; "
+                "only dense ones can be stored"
             )
         record = {
             "kind": "parameter" if isinstance(tensor, nn.Parameter) else "buffer",

@@ -41,8 +41,8 @@ def trace_guards(module: nn.Module, inputs: int) -> fx.GraphModule:
         module.forward(*proxies)
     except Exception as error:  # a TraceError, or what the check's own code says to a Proxy
         raise NotSelfContainedError(
-            f"a check of its inputs cannot be written as a graph ({error}); capture with dynamic_shapes that leave these "
-            "sizes free, or fixed"
+            f"a check of its inputs cannot be written as a graph ({error}); capture with dynamic_shapes that leave "
+            "these sizes free, or fixed"
         ) from error
     graph.output(None)
     return fx.GraphModule(nn.Module(), graph)

@@ -127,7 +127,7 @@ def _record(module: nn.Module) -> dict[str, Any]:
     name = type(module).__name__
     if CLASSES.get(name) is not type(module):
         raise NotSelfContainedError(
-            f"the module class {type(module).__module__}.{type(module).__qualname__} cannot be rebuilt without its code; "
+            f"the module class {type(module).__module__}.{type(module).__qualname__} cannot be rebuilt without code; "
             'capture with method="export", which opens modules, or let torch.fx trace into it'
         )
     readers = _READERS.get(name, {})

@@ -15,18 +15,29 @@ from typing import Any, ClassVar
 
 from torch import fx
 
-from mono_quant_fx import bisection, graph, provenance
+from mono_quant_fx import bisection, graph, pass_html, provenance
 from mono_quant_fx.bisection_report import Bisection
 from mono_quant_fx.data import Prepare
 from mono_quant_fx.errors import ConfigError, MonoQuantError, PassError, PostconditionError, PreconditionError
+from mono_quant_fx.pass_html import PassChange
 
 
 @dataclass(frozen=True)
 class PassResult:
-    """What a pass returns: the graph, and whether it differs from the one that went in."""
+    """What a pass returns: the graph, and whether it differs from the one that went in.
+
+    `changes` tells what each pass that ran did, by the names of nodes; a notebook shows it.
+    """
 
     graph_module: fx.GraphModule
     modified: bool
+    changes: tuple[PassChange, ...] = field(default=(), repr=False, compare=False)
+
+    def _repr_html_(self) -> str:
+        return pass_html.result_html(self.modified, self.changes)
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(pass_html.result_text(self.modified, self.changes))
 
 
 class Pass(ABC):
@@ -70,10 +81,11 @@ class Pass(ABC):
         marks = provenance.Marks(names, provenance.unmark(result))
         self._check(self.ensures(result), PostconditionError)
         before, after = graph.fingerprint(source), graph.fingerprint(result)
+        change = PassChange.between(self.name, before[0], after[0])
         if after == before:
-            return PassResult(source, False)
+            return PassResult(source, False, (change,))
         provenance.record(self.name, source, result, marks, before, after)
-        return PassResult(result, True)
+        return PassResult(result, True, (change,))
 
     def _check(self, complaint: str | None, error: type[PassError]) -> None:
         if complaint is not None:
@@ -110,13 +122,14 @@ class Pipeline:
     def __call__(self, gm: fx.GraphModule | PassResult) -> PassResult:
         """Runs every pass on the result of the one before; `modified` is True if any of them changed the graph."""
         current = gm.graph_module if isinstance(gm, PassResult) else gm
-        modified = False
+        modified, changes = False, gm.changes if isinstance(gm, PassResult) else ()
         for item in self.passes:
             result = item(current)
             if self.callback is not None:
                 self.callback(item, current, result)
             current, modified = result.graph_module, modified or result.modified
-        return PassResult(current, modified)
+            changes += result.changes
+        return PassResult(current, modified, changes)
 
     def bisect(
         self,
@@ -153,3 +166,9 @@ class Pipeline:
         """
         source = gm.graph_module if isinstance(gm, PassResult) else gm
         return bisection.bisect(self.passes, source, data, threshold_db, prepare_batch)
+
+    def _repr_html_(self) -> str:
+        return pass_html.pipeline_html(self.passes)
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(pass_html.pipeline_text(self.passes))

@@ -23,7 +23,7 @@ def format_graph(gm: fx.GraphModule) -> str:
     %linear = linear(%input_1, %weight, %bias)
     return %linear
     """
-    return "\n".join(_line(gm, node) for node in gm.graph.nodes)
+    return "\n".join(format_node(gm, node) for node in gm.graph.nodes)
 
 
 def diff_graphs(before: fx.GraphModule, after: fx.GraphModule) -> str:
@@ -39,7 +39,8 @@ def diff_graphs(before: fx.GraphModule, after: fx.GraphModule) -> str:
     return "\n".join(lines)
 
 
-def _line(gm: fx.GraphModule, node: fx.Node) -> str:
+def format_node(gm: fx.GraphModule, node: fx.Node) -> str:
+    """The line of one node in format_graph."""
     if node.op == "output":
         return f"return {_show(node.args[0])}"
     if node.op == "placeholder":

@@ -9,6 +9,7 @@ from torch import fx
 
 from mono_quant_fx.config import QuantConfig
 from mono_quant_fx.graph_json import graph_to_json
+from mono_quant_fx.html import Shown, details, escape, frame, grid
 from mono_quant_fx.saving import write_model
 from mono_quant_fx.table import AccuracyTable
 
@@ -57,7 +58,7 @@ class QuantizationInfo:
 
 
 @dataclass
-class QuantizationResult:
+class QuantizationResult(Shown):
     """A drop-in GraphModule, the table that tells what was done to it, and the figures."""
 
     graph_module: fx.GraphModule
@@ -82,6 +83,29 @@ class QuantizationResult:
             f"{info.original_size_mb:.1f} MB -> {info.quantized_size_mb:.1f} MB ({info.compression_ratio:.2f}x); "
             f"model output SQNR: {output}"
         )
+
+    def _repr_html_(self) -> str:
+        return result_html(self)
+
+
+def result_html(result: QuantizationResult) -> str:
+    """Sizes and accuracy, the warnings, the table, and the stages' times folded away."""
+    info = result.info
+    judged = "SQNR of the model's output"
+    tiles = [
+        (str(len(info.quantized_layers)), "layers quantized"),
+        (str(len(info.skipped_layers)), "layers skipped"),
+        (f"{info.original_size_mb:.1f} → {info.quantized_size_mb:.1f} MB", f"stored: {info.compression_ratio:.2f}x"),
+        ("–", f"{judged}: needs calibration_data")
+        if info.sqnr_db is None
+        else (f"{info.sqnr_db:.1f} dB", f"{judged}, {info.calibration_samples_used} samples"),
+    ]
+    head = "".join(f'<div class="tile"><b>{escape(k)}</b><span>{escape(v)}</span></div>' for k, v in tiles)
+    warnings = "".join(f'<div class="warn">{escape(warning)}</div>' for warning in info.warnings)
+    times = [(escape(stage), f"{seconds:.2f}") for stage, seconds in info.seconds.items()]
+    total = f"{sum(info.seconds.values()):.1f} seconds"
+    folded = details(total, grid(("stage", "seconds"), times)) if times else ""
+    return frame(f'<div class="tiles">{head}</div>{warnings}{folded}') + result.accuracy.to_html()
 
 
 def save(result: QuantizationResult, path: str | os.PathLike[str], *, graph: bool = False) -> None:

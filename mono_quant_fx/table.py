@@ -13,6 +13,9 @@ from typing import Any
 
 from tabulate import tabulate
 
+from mono_quant_fx import table_html
+from mono_quant_fx.html import Shown
+
 NEEDS_DATA = "local dB, acc dB and max err need calibration_data"
 
 
@@ -68,7 +71,7 @@ class AccuracyRow:
 
 
 @dataclass(frozen=True)
-class AccuracyTable:
+class AccuracyTable(Shown):
     """Rows in execution order, and the SQNR of the model's output (None without data).
 
     str() is the table for a terminal; `_repr_html_` the one for a notebook.
@@ -96,9 +99,14 @@ class AccuracyTable:
         return "\n\n".join([self._render("github"), *self._notes()])
 
     def to_html(self) -> str:
-        """An HTML table; every text from the model is escaped."""
-        notes = "".join(f"<p>{note}</p>" for note in self._notes())
-        return f"{self._render('html')}{notes}"
+        """An HTML table that a click on a column's head sorts; every text from the model is escaped.
+
+        The few lines of script and style that it needs are part of it; without scripts it is a plain table.
+        """
+        cells = [_cells(row) for row in self.rows]
+        rows = [table_html.HtmlRow(c, _figures(row), row.status) for c, row in zip(cells, self.rows, strict=True)]
+        total = self._total()
+        return table_html.render(_columns([*cells, total]), rows, table_html.HtmlRow(total, {}), self._notes())
 
     def _repr_html_(self) -> str:
         return self.to_html()
@@ -127,10 +135,11 @@ class AccuracyTable:
         return [] if self.samples else [NEEDS_DATA]
 
     def _render(self, style: str) -> str:
-        cells = [_cells(row) for row in self.rows]
+        return _tabulate([*map(_cells, self.rows), self._total()], style)
+
+    def _total(self) -> dict[str, str]:
         total = {"node": "total", "module": "model output", "acc dB": db(self.output_sqnr_db)}
-        cells.append(total | {"KiB": kib(self.bytes_before), "KiB after": kib(self.bytes_after)})
-        return _tabulate(cells, style)
+        return total | {"KiB": kib(self.bytes_before), "KiB after": kib(self.bytes_after)}
 
 
 #: Column -> alignment. Of CALIBRATED the columns that say something are shown, when calibration has decided anything.
@@ -150,9 +159,13 @@ def format_rows(rows: Iterable[AccuracyRow]) -> str:
     return _tabulate([_cells(row) for row in rows], "simple")
 
 
-def _tabulate(cells: list[dict[str, str]], style: str) -> str:
+def _columns(cells: list[dict[str, str]]) -> dict[str, str]:
     decided = any(c.get("gain dB") or c.get("input") or c.get("bias dB") for c in cells)
-    columns = COLUMNS | {k: v for k, v in CALIBRATED.items() if decided and any(c.get(k) for c in cells)}
+    return COLUMNS | {k: v for k, v in CALIBRATED.items() if decided and any(c.get(k) for c in cells)}
+
+
+def _tabulate(cells: list[dict[str, str]], style: str) -> str:
+    columns = _columns(cells)
     body = [[c.get(name, "") for name in columns] for c in cells]
     return tabulate(body, tuple(columns), tablefmt=style, colalign=tuple(columns.values()), disable_numparse=True)
 
@@ -180,6 +193,23 @@ def _cells(row: AccuracyRow) -> dict[str, str]:
         "gain dB": db(row.gain_db),
         "int8 dB": db(row.int8_gain_db),
         "bias dB": db(row.bias_gain_db),
+    }
+
+
+def _figures(row: AccuracyRow) -> dict[str, float | None]:
+    """The unrounded figures behind the cells, by which a column is sorted."""
+    return {
+        "weight": float(math.prod(row.shape)),
+        "KiB": row.bytes_before or None,
+        "KiB after": row.bytes_after or None,
+        "weight dB": row.weight_sqnr_db,
+        "local dB": row.local_sqnr_db,
+        "acc dB": row.accumulated_sqnr_db,
+        "max err": row.max_abs_error,
+        "input range": row.input_range[1] - row.input_range[0] if row.input_range else None,
+        "gain dB": row.gain_db,
+        "int8 dB": row.int8_gain_db,
+        "bias dB": row.bias_gain_db,
     }
 
 

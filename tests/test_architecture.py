@@ -18,7 +18,7 @@ SOURCES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "passes").glob("*.py")])
 
 #: Each layer may import the layers above its own line, and its own. Modules that are not named belong to the last.
 LAYERS = [
-    {"errors", "version"},
+    {"errors", "version", "html", "layout"},
     {"checks", "records", "tensor_header", "checkpoint_files"},
     {"tensor_writer"},
     {"tensor_file"},
@@ -31,6 +31,7 @@ LAYERS = [
     {"gptq"},
     {"refine"},
     {"rounding"},
+    {"table_html", "pass_html"},
     {"annotation", "weight_ops", "data", "state"},
     {"codes", "provenance"},
     {
@@ -47,11 +48,14 @@ LAYERS = [
         "dynamo_graph",
         "aliasing",
     },
-    {"merging", "biases", "capture_record", "json_values", "allowed_calls"},
+    {"merging", "draw_facts", "biases", "capture_record", "json_values", "allowed_calls"},
     {"graph_ops", "annotation_json", "tree_json", "leaf_modules", "tensor_table", "guards"},
     {"graph_writer"},
     {"graph_reader"},
     {"graph_json"},
+    {"draw_tree"},
+    {"draw_svg"},
+    {"draw"},
     {"exporter", "observer_base", "kl_divergence"},
     {"histogram"},
     {"select_observer"},
@@ -161,7 +165,7 @@ def test_the_public_names_are_there_and_documented():
         value = getattr(mq, name)
         assert value.__doc__ or not callable(value), name
     assert set(mq.passes.__all__) == {
-        "SkipAnnotation", "ObserverInsertion", "CalibrationExecution", "ActivationLowering",
+        "SkipAnnotation", "PlanRestoration", "ObserverInsertion", "CalibrationExecution", "ActivationLowering",
         "BiasCorrection", "Int4GroupwiseLowering", "DequantFusion", "LinearMerging",
     }  # fmt: skip
 

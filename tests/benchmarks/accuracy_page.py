@@ -42,7 +42,7 @@ data, and neither does `rtn`. torchao's intx and 8da4w keep each 4-bit code in a
 Bits a weight follow from the scheme: four for the code, and a float32 scale (and an int8 zero point) a group.
 """
 
-NEXT = "Next: [Writing a pass](writing_a_pass.md)."
+NEXT = "Next: [Explain and bisect](explain.md)."
 
 OUTLIERS = """
 SmolLM2 shows what one static scale a tensor cannot do. Of the input of its `blk.11.ffn_down`, 99.9% lies below 1.4, and

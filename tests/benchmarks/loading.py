@@ -1,7 +1,7 @@
 """A large INT4 file, loaded: python -m tests.benchmarks.loading [--layers 120] [--folder FOLDER]
 
-Layers of 4096 x 4096 in groups of 128, 8.3 MiB each, saved by mono_quant_fx.save. Beside load, in turns and one process:
-safetensors' own load_file of the same bytes. Both map the file; then one product per layer touches every page.
+Layers of 4096 x 4096 in groups of 128, 8.3 MiB each, saved by mono_quant_fx.save. Beside load, in turns and one
+process: safetensors' own load_file of the same bytes. Both map the file; then one product per layer touches every page.
 """
 
 from __future__ import annotations
