@@ -73,8 +73,11 @@ LAYERS = [
     {"compile_report"},
     {"passes"},
     {"compiler", "loading", "import_compressed_tensors"},
-    {"compile_backend"},
-    {"__init__", "__main__", "demo", "demo_model"},
+    {"compile_backend", "verification"},
+    {"cli_text", "cli_options"},
+    {"cli_inputs", "cli_report", "cli_compare"},
+    {"cli_quantize", "cli_export"},
+    {"__init__", "__main__", "cli", "demo", "demo_model"},
 ]
 
 

@@ -84,31 +84,33 @@ def test_a_missing_extra_is_one_line_with_the_command_that_installs_it(missing, 
     out, err = capsys.readouterr()
     assert out == ""
     assert err == (
-        f"python -m mono_quant_fx demo: the demo needs the package {missing}: "
-        'pip install torch==2.13.0 "mono_quant_fx[demo]"\n'
+        f'mono-quant-fx: error: the demo needs the package {missing}: pip install torch==2.13.0 "mono_quant_fx[demo]"\n'
     )
 
 
 @pytest.mark.parametrize("count", ["0", "-1", "151"])
 def test_a_count_of_samples_that_the_demo_does_not_have(count, capsys):
     assert main(["demo", "--samples", count]) == 2
-    expected = f"python -m mono_quant_fx demo: --samples {count}: 1 to 150 sentences come with the demo\n"
+    expected = f"mono-quant-fx: error: --samples {count}: 1 to 150 sentences come with the demo\n"
     assert capsys.readouterr().err == expected
 
 
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        ([], ": the following arguments are required: COMMAND (--help explains)\n"),
-        (["demo", "--samples", "many"], " demo: argument --samples: invalid int value: 'many' (--help explains)\n"),
-        (["demo", "--fast"], ": unrecognized arguments: --fast (--help explains)\n"),
+        ([], "the following arguments are required: COMMAND (mono-quant-fx --help explains)\n"),
+        (
+            ["demo", "--samples", "many"],
+            "demo: argument --samples: invalid int value: 'many' (mono-quant-fx demo --help explains)\n",
+        ),
+        (["demo", "--fast"], "unrecognized arguments: --fast (mono-quant-fx --help explains)\n"),
     ],
 )
 def test_bad_usage_is_one_line(arguments, complaint, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
     assert stopped.value.code == 2
-    assert capsys.readouterr().err == f"python -m mono_quant_fx{complaint}"
+    assert capsys.readouterr().err == f"mono-quant-fx: error: {complaint}"
 
 
 def test_an_unknown_command_is_one_line_that_lists_the_known(capsys):

@@ -34,6 +34,7 @@ PAGES = (
     "docs/compile.md",
     "docs/saving.md",
     "docs/compressed_tensors.md",
+    "docs/command_line.md",
     "docs/reading_the_table.md",
     "docs/accuracy.md",
     "docs/explain.md",
