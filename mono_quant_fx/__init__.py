@@ -41,6 +41,7 @@ from mono_quant_fx.pass_base import Pass, PassResult, Pipeline
 from mono_quant_fx.printing import diff_graphs, format_graph
 from mono_quant_fx.result import QuantizationInfo, QuantizationResult, save
 from mono_quant_fx.select_observer import ExperimentalWarning, select_observer
+from mono_quant_fx.streaming import CheckpointReport, quantize_checkpoint
 from mono_quant_fx.table import AccuracyRow, AccuracyTable
 from mono_quant_fx.validation import (
     AccuracyWarning,
@@ -58,6 +59,7 @@ __all__ = [
     "AccuracyWarning",
     "CalibrationError",
     "CaptureError",
+    "CheckpointReport",
     "CompileBackend",
     "CompileReport",
     "CompiledGraph",
@@ -104,6 +106,7 @@ __all__ = [
     "measure_accuracy",
     "passes",
     "quantize",
+    "quantize_checkpoint",
     "quantize_weight_int4",
     "relative_error",
     "save",

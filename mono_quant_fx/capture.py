@@ -19,8 +19,8 @@ from torch import Tensor, fx, nn
 from torch.fx.graph import _PyTreeCodeGen
 
 from mono_quant_fx import graph
-from mono_quant_fx.capture_record import CaptureRecord, plain_batch, set_record, tied_names
 from mono_quant_fx.capture_errors import explain_failure, explain_own_failure
+from mono_quant_fx.capture_record import CaptureRecord, plain_batch, set_record, tied_names
 from mono_quant_fx.data import Batch, leaves, to_batch
 from mono_quant_fx.errors import CaptureError, ConfigError
 from mono_quant_fx.exporter import check_exported_mode, export, follow_inputs

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.utils import _pytree as pytree
 
 from mono_quant_fx import graph
 from mono_quant_fx.capture import attempt, check_eval

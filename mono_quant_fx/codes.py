@@ -33,7 +33,9 @@ def hollow_codes(annotation: QuantAnnotation) -> numerics.QuantizedWeight:
     assert scheme is not None
     rows, columns = matrix_shape(annotation.shape, annotation.layout, annotation.groups)
     int4, groups = scheme.bits == 4, numerics.num_groups(columns, scheme.group_size)
-    packed = torch.empty(rows, -(-columns // 8) if int4 else columns, dtype=torch.int32 if int4 else torch.int8, device="meta")
+    packed = torch.empty(
+        rows, -(-columns // 8) if int4 else columns, dtype=torch.int32 if int4 else torch.int8, device="meta"
+    )
     scale = torch.empty(rows, groups, dtype=getattr(torch, annotation.dtype), device="meta")
     zero_point = None if scheme.symmetric else torch.empty(rows, groups, dtype=torch.int8, device="meta")
     return numerics.QuantizedWeight(packed, scale, zero_point)

@@ -45,7 +45,9 @@ class TensorFolder:
             for name in dict.fromkeys(self._file_of.values()):
                 self.files[name] = TensorFile(self.path.parent / name)
         except FileNotFoundError as error:
-            raise FileFormatError(f"{self.path} names {shown(name)}, which is not there: download or save it again") from error
+            raise FileFormatError(
+                f"{self.path} names {shown(name)}, which is missing: download it again"
+            ) from error
         self.entries = {}
         for tensor, name in self._file_of.items():
             if tensor not in self.files[name].entries:

@@ -1,0 +1,113 @@
+"""Fills a file of a quantized model from a float checkpoint, some rows of one tensor at a time."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mono_quant_fx import numerics
+from mono_quant_fx.accuracy import add_weight_error
+from mono_quant_fx.annotation import QuantAnnotation
+from mono_quant_fx.checkpoint import Checkpoint
+from mono_quant_fx.codes import codes_of
+from mono_quant_fx.metrics import ErrorSum
+from mono_quant_fx.saving import DIGESTS
+from mono_quant_fx.shard_plan import Shard
+from mono_quant_fx.tensor_writer import TensorWriter
+
+#: Elements of a weight that are in memory at a time, where its layout allows it.
+BLOCK = 1 << 24
+STAGE = "quantize-checkpoint"
+
+#: (name of the tensor that is being read, whether it is finished, bytes read of it since the last call)
+Report = Callable[[str, bool, int], None]
+
+
+@dataclass
+class WeightStream:
+    """Reads what a shard needs, rounds what has a scheme, and writes it.
+
+    Args:
+        checkpoint: the float tensors.
+        weights: weight -> its annotation, and the names under which its codes are stored.
+        report: is told of every block.
+    """
+
+    checkpoint: Checkpoint
+    weights: Mapping[str, tuple[QuantAnnotation, tuple[str, ...]]]
+    report: Report
+    _of: dict[str, str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._of = {name: weight for weight, (_, names) in self.weights.items() for name in names}
+
+    def sources(self, shard: Shard) -> list[str]:
+        """The float tensors that a shard is made of, each once, in the order in which they are read."""
+        return list(dict.fromkeys(self._of.get(name, name) for name in shard.tensors))
+
+    def fill(self, shard: Shard, writer: TensorWriter) -> dict[str, float | None]:
+        """Writes every tensor of a shard, and the digests; returns the SQNR of each weight that was quantized.
+
+        Raises:
+            WeightError: a weight holds NaN or infinity. OSError: reading or writing fails.
+        """
+        out = _Output(writer, {name: hashlib.sha256() for name in shard.tensors})
+        found = {}
+        for name in self.sources(shard):
+            if name in self.weights:
+                found[name] = self._quantize(name, out)
+            else:
+                self._copy(name, out)
+        digests = [torch.frombuffer(bytearray(h.digest()), dtype=torch.uint8) for h in out.hashes.values()]
+        writer.write_rows(DIGESTS, torch.stack(digests))
+        return found
+
+    def _quantize(self, name: str, out: _Output) -> float | None:
+        annotation, names = self.weights[name]
+        total = ErrorSum()
+        # where tiles begin decides how sums are rounded: blocks are whole tiles
+        tile = max(1, numerics.TILE // max(1, prod(annotation.shape[1:])))
+        for part in self._blocks(name, tile if annotation.layout == "rows" else annotation.shape[0]):
+            own = replace(annotation, shape=tuple(part.shape))
+            stored = codes_of(part, own, STAGE)
+            add_weight_error(total, part, stored, own)
+            for stored_name, tensor in zip(names, stored, strict=False):
+                if tensor is not None:
+                    out.write(stored_name, tensor)
+        return total.sqnr_db
+
+    def _copy(self, name: str, out: _Output) -> None:
+        for part in self._blocks(name, 1):
+            out.write(name, part)
+
+    def _blocks(self, name: str, multiple: int) -> Iterator[Tensor]:
+        """A tensor's rows, `multiple` or several times as many at a time."""
+        shape = self.checkpoint.shape(name)
+        rows, columns = (shape[0] if shape else 1), max(1, prod(shape[1:]))
+        step = max(1, BLOCK // (columns * multiple)) * multiple
+        for start in range(0, rows, step):
+            part = self.checkpoint.rows(name, start, min(rows, start + step))
+            yield part
+            self.report(name, start + step >= rows, part.nbytes)
+            del part
+
+
+@dataclass
+class _Output:
+    """A file, and the running SHA-256 of each of its tensors."""
+
+    writer: TensorWriter
+    hashes: dict[str, Any]
+
+    def write(self, name: str, part: Tensor) -> None:
+        """The next rows of a tensor."""
+        self.writer.write_rows(name, part)
+        flat = part.detach().contiguous().view(-1)
+        if flat.numel():
+            self.hashes[name].update(flat.view(torch.uint8).numpy())
