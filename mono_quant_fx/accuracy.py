@@ -209,22 +209,24 @@ class WeightFigures:
 def weight_sqnr_db(weight: Tensor, stored: numerics.QuantizedWeight, annotation: QuantAnnotation) -> float | None:
     """SQNR of a stored weight against the float one, a tile of rows at a time."""
     total = ErrorSum()
-    add_weight_error(total, weight, stored, annotation)
+    for error in weight_errors(weight, stored, annotation):
+        total.merge(error)
     return total.sqnr_db
 
 
-def add_weight_error(
-    total: ErrorSum, weight: Tensor, stored: numerics.QuantizedWeight, annotation: QuantAnnotation
-) -> None:
-    """Adds a weight, or some of its rows, to the sum, a tile of rows at a time."""
+def weight_errors(weight: Tensor, stored: numerics.QuantizedWeight, annotation: QuantAnnotation) -> list[ErrorSum]:
+    """The error of a weight, or of some of its rows, a tile of rows at a time."""
     assert annotation.scheme is not None
+    errors: list[ErrorSum] = []
     matrix = to_matrix(weight.detach(), annotation.layout, annotation.groups)
     step = max(1, numerics.TILE // matrix.shape[1])
     for start in range(0, matrix.shape[0], step):
         rows = slice(start, start + step)
         part = numerics.QuantizedWeight(*(None if t is None else t[rows] for t in stored))  # type: ignore[arg-type]
         group_size = annotation.scheme.group_size
-        total.add(matrix[rows], numerics.dequantize_weight(part, group_size, matrix.shape[1]))
+        errors.append(ErrorSum())
+        errors[-1].add(matrix[rows], numerics.dequantize_weight(part, group_size, matrix.shape[1]))
+    return errors
 
 
 def _with_every_node(

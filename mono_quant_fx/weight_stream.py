@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mono_quant_fx import numerics
-from mono_quant_fx.accuracy import add_weight_error
+from mono_quant_fx.accuracy import weight_errors
 from mono_quant_fx.annotation import QuantAnnotation
 from mono_quant_fx.checkpoint import Checkpoint
 from mono_quant_fx.codes import codes_of
@@ -20,9 +20,11 @@ from mono_quant_fx.metrics import ErrorSum
 from mono_quant_fx.saving import DIGESTS
 from mono_quant_fx.shard_plan import Shard
 from mono_quant_fx.tensor_writer import TensorWriter
+from mono_quant_fx.workers import Workers
 
-#: Elements of a weight that are in memory at a time, where its layout allows it.
-BLOCK = 1 << 24
+#: Elements of a weight that one thread has in memory at a time, where its layout allows it. Small enough for malloc to
+#: keep what is freed: from 32 MiB on it goes back to the system each time, and comes again page by page.
+BLOCK = 1 << 22
 STAGE = "quantize-checkpoint"
 
 #: (name of the tensor that is being read, whether it is finished, bytes read of it since the last call)
@@ -59,43 +61,51 @@ class WeightStream:
         """
         out = _Output(writer, {name: hashlib.sha256() for name in shard.tensors})
         found = {}
-        for name in self.sources(shard):
-            if name in self.weights:
-                found[name] = self._quantize(name, out)
-            else:
-                self._copy(name, out)
+        with Workers() as workers:
+            for name in self.sources(shard):
+                if name in self.weights:
+                    found[name] = self._quantize(name, out, workers)
+                else:
+                    self._copy(name, out)
         digests = [torch.frombuffer(bytearray(h.digest()), dtype=torch.uint8) for h in out.hashes.values()]
         writer.write_rows(DIGESTS, torch.stack(digests))
         return found
 
-    def _quantize(self, name: str, out: _Output) -> float | None:
+    def _quantize(self, name: str, out: _Output, workers: Workers) -> float | None:
         annotation, names = self.weights[name]
         total = ErrorSum()
         # where tiles begin decides how sums are rounded: blocks are whole tiles
         tile = max(1, numerics.TILE // max(1, prod(annotation.shape[1:])))
-        for part in self._blocks(name, tile if annotation.layout == "rows" else annotation.shape[0]):
+        blocks = self._blocks(name, tile if annotation.layout == "rows" else annotation.shape[0])
+
+        def work(start: int, stop: int) -> tuple[int, numerics.QuantizedWeight, list[ErrorSum]]:
+            part = self.checkpoint.rows(name, start, stop)
             own = replace(annotation, shape=tuple(part.shape))
             stored = codes_of(part, own, STAGE)
-            add_weight_error(total, part, stored, own)
+            return part.nbytes, stored, weight_errors(part, stored, own)
+
+        for stop, (nbytes, stored, errors) in workers.run(work, blocks):
+            for error in errors:
+                total.merge(error)
             for stored_name, tensor in zip(names, stored, strict=False):
                 if tensor is not None:
                     out.write(stored_name, tensor)
+            self.report(name, stop == blocks[-1][1], nbytes)
         return total.sqnr_db
 
     def _copy(self, name: str, out: _Output) -> None:
-        for part in self._blocks(name, 1):
+        blocks = self._blocks(name, 1)
+        for start, stop in blocks:
+            part = self.checkpoint.rows(name, start, stop)
             out.write(name, part)
+            self.report(name, stop == blocks[-1][1], part.nbytes)
 
-    def _blocks(self, name: str, multiple: int) -> Iterator[Tensor]:
+    def _blocks(self, name: str, multiple: int) -> list[tuple[int, int]]:
         """A tensor's rows, `multiple` or several times as many at a time."""
         shape = self.checkpoint.shape(name)
         rows, columns = (shape[0] if shape else 1), max(1, prod(shape[1:]))
         step = max(1, BLOCK // (columns * multiple)) * multiple
-        for start in range(0, rows, step):
-            part = self.checkpoint.rows(name, start, min(rows, start + step))
-            yield part
-            self.report(name, start + step >= rows, part.nbytes)
-            del part
+        return [(start, min(rows, start + step)) for start in range(0, rows, step)]
 
 
 @dataclass

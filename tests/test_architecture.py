@@ -19,7 +19,7 @@ SOURCES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "passes").glob("*.py")])
 #: Each layer may import the layers above its own line, and its own. Modules that are not named belong to the last.
 LAYERS = [
     {"errors", "version"},
-    {"checks", "records", "tensor_header"},
+    {"checks", "records", "tensor_header", "workers"},
     {"tensor_writer"},
     {"tensor_file"},
     {"tensor_folder"},
