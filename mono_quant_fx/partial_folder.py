@@ -31,7 +31,8 @@ class PartialFolder:
     """The work on the folder `out`, by one process at a time.
 
     Attributes:
-        about: what decides the bytes, as JSON data by topic; a state about something else is of no use.
+        about: what decides the bytes, as JSON data by topic (under "files": [name, size] of each); a state about
+            something else is of no use.
         differing: topics in which a state that was found differs, so that it was thrown away.
 
     Raises:
@@ -50,22 +51,30 @@ class PartialFolder:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             os.close(self._lock)
-            raise FileFormatError(
-                f"{self.out}: another process is writing here; wait until it is done"
-            ) from None
+            raise FileFormatError(f"{self.out}: another process is writing here; wait until it is done") from None
+        try:
+            self._take_over()
+        except BaseException:
+            os.close(self._lock)
+            raise
+        return self
+
+    def _take_over(self) -> None:
+        """Goes on with a state about the same, and throws away any other."""
         state = _read(self.path / STATE)
         found = state.get("about")
         if found == self.about:
             self._stale = state.get("stale")
-            return self
+            return
         if isinstance(found, dict):
             self.differing = [topic for topic in self.about if found.get(topic) != self.about[topic]]
+            if state.get("stale") is not None:
+                self._drop_moved(found, state["stale"])
         with suppress(FileNotFoundError):
             (self.path / STATE).unlink()  # first: without it, nothing else counts
         for file in self.path.iterdir():
             file.unlink()
         self._write_state()
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -114,6 +123,15 @@ class PartialFolder:
             (self.out / name).unlink(missing_ok=True)
         (self.path / STATE).unlink()
         shutil.rmtree(self.path)
+
+    def _drop_moved(self, about: dict[str, Any], stale: list[str]) -> None:
+        """Deletes what an interrupted commit of something else has left of the new model and the old, if neither is."""
+        files = about.get("files")
+        if {SINGLE, INDEX} & set(os.listdir(self.out)) or not isinstance(files, list):
+            return
+        moved = [item[0] for item in files if isinstance(item, list) and item and is_plain(item[0])]
+        for name in (*moved, *stale):
+            (self.out / name).unlink(missing_ok=True)
 
     def _old_files(self) -> list[str]:
         """What makes up the model that is there now."""
