@@ -60,7 +60,7 @@ class Job:
     def table(self) -> AccuracyTable:
         """The table, with the figures so far."""
         known = dict.fromkeys(self.weights) | self.sqnr_db
-        return weights_table(self.reference, self.quantized, known, **self._thresholds())
+        return weights_table(self.reference, self.quantized, known, **self.thresholds)
 
     @property
     def info(self) -> QuantizationInfo:
@@ -73,7 +73,7 @@ class Job:
         info = info_of(self.reference, self.quantized, table, self.config, 0, {})
         result = QuantizationResult(self.quantized, table, info, self.config)
         info.warnings += self.notes
-        info.warnings += check_accuracy_warnings(result, accuracy_warning="ignore", **self._thresholds())
+        info.warnings += check_accuracy_warnings(result, accuracy_warning="ignore", **self.thresholds)
         return result
 
     def header(self) -> dict[str, str]:
@@ -98,7 +98,9 @@ class Job:
             "model": hashlib.sha256(replace(self, sqnr_db={}).header()[KEY].encode()).hexdigest(),
         }
 
-    def _thresholds(self) -> dict[str, float]:
+    @property
+    def thresholds(self) -> dict[str, float]:
+        """Those of the settings."""
         names = ("sqnr_warning_threshold", "sqnr_error_threshold")
         return {name: getattr(self.config, name) for name in names}
 

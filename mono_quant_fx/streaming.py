@@ -15,7 +15,7 @@ from mono_quant_fx.config import QuantConfig
 from mono_quant_fx.errors import AccuracyError, ConfigError
 from mono_quant_fx.result import QuantizationInfo
 from mono_quant_fx.stream_files import Bar, Told, into_file, into_folder
-from mono_quant_fx.stream_job import Job, prepare
+from mono_quant_fx.stream_job import prepare
 from mono_quant_fx.table import AccuracyTable
 from mono_quant_fx.validation import check_accuracy_warnings
 
@@ -134,7 +134,10 @@ def quantize_checkpoint(
         target, files, job.table, job.info, config, bar.read, bar.written, time.perf_counter() - start, resumed,
         job.checkpoint.unused,
     )  # fmt: skip
-    _judge(job, report)
+    try:
+        check_accuracy_warnings(job.result(), accuracy_warning=config.accuracy_warning, **job.thresholds)
+    except AccuracyError as e:
+        raise AccuracyError(str(e), report) from None
     return report
 
 
@@ -151,16 +154,3 @@ def _check(config: QuantConfig, shard_bytes: int, out: Path) -> None:
     if out.exists() and out.is_dir() is (out.suffix == FILE):
         found = "folder" if out.is_dir() else "file"
         raise ConfigError(f"out={str(out)!r}: a {found} is there; a name that ends in {FILE} is a file, others folders")
-
-
-def _judge(job: Job, report: CheckpointReport) -> None:
-    """The warnings that quantize gives as well."""
-    try:
-        check_accuracy_warnings(
-            job.result(),
-            accuracy_warning=job.config.accuracy_warning,
-            sqnr_warning_threshold=job.config.sqnr_warning_threshold,
-            sqnr_error_threshold=job.config.sqnr_error_threshold,
-        )
-    except AccuracyError as e:
-        raise AccuracyError(str(e), report) from None
