@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,52 +60,57 @@ class WeightStream:
             WeightError: a weight holds NaN or infinity. OSError: reading or writing fails.
         """
         out = _Output(writer, {name: hashlib.sha256() for name in shard.tensors})
-        found = {}
+        errors = {name: ErrorSum() for name in self.sources(shard) if name in self.weights}
+        blocks = [block for name in self.sources(shard) for block in self._blocks(name)]
         with Workers() as workers:
-            for name in self.sources(shard):
-                if name in self.weights:
-                    found[name] = self._quantize(name, out, workers)
-                else:
-                    self._copy(name, out)
+            for block, done in workers.run(self._work, blocks):
+                for error in done.errors:
+                    errors[block.name].merge(error)
+                for stored_name, tensor in done.tensors.items():
+                    out.write(stored_name, tensor)
+                self.report(block.name, block.is_last, done.nbytes)
         digests = [torch.frombuffer(bytearray(h.digest()), dtype=torch.uint8) for h in out.hashes.values()]
         writer.write_rows(DIGESTS, torch.stack(digests))
-        return found
+        return {name: total.sqnr_db for name, total in errors.items()}
 
-    def _quantize(self, name: str, out: _Output, workers: Workers) -> float | None:
-        annotation, names = self.weights[name]
-        total = ErrorSum()
-        # where tiles begin decides how sums are rounded: blocks are whole tiles
-        tile = max(1, numerics.TILE // max(1, prod(annotation.shape[1:])))
-        blocks = self._blocks(name, tile if annotation.layout == "rows" else annotation.shape[0])
+    def _work(self, block: _Block) -> _Done:
+        """Reads a block, and rounds it where its tensor has a scheme."""
+        part = self.checkpoint.rows(block.name, block.start, block.stop)
+        if block.name not in self.weights:
+            return _Done(part.nbytes, {block.name: part}, [])
+        annotation, names = self.weights[block.name]
+        own = replace(annotation, shape=tuple(part.shape))
+        stored = codes_of(part, own, STAGE)
+        tensors = {n: t for n, t in zip(names, stored, strict=False) if t is not None}
+        return _Done(part.nbytes, tensors, weight_errors(part, stored, own))
 
-        def work(start: int, stop: int) -> tuple[int, numerics.QuantizedWeight, list[ErrorSum]]:
-            part = self.checkpoint.rows(name, start, stop)
-            own = replace(annotation, shape=tuple(part.shape))
-            stored = codes_of(part, own, STAGE)
-            return part.nbytes, stored, weight_errors(part, stored, own)
-
-        for stop, (nbytes, stored, errors) in workers.run(work, blocks):
-            for error in errors:
-                total.merge(error)
-            for stored_name, tensor in zip(names, stored, strict=False):
-                if tensor is not None:
-                    out.write(stored_name, tensor)
-            self.report(name, stop == blocks[-1][1], nbytes)
-        return total.sqnr_db
-
-    def _copy(self, name: str, out: _Output) -> None:
-        blocks = self._blocks(name, 1)
-        for start, stop in blocks:
-            part = self.checkpoint.rows(name, start, stop)
-            out.write(name, part)
-            self.report(name, stop == blocks[-1][1], part.nbytes)
-
-    def _blocks(self, name: str, multiple: int) -> list[tuple[int, int]]:
-        """A tensor's rows, `multiple` or several times as many at a time."""
+    def _blocks(self, name: str) -> list[_Block]:
+        """A tensor's rows, some at a time."""
         shape = self.checkpoint.shape(name)
         rows, columns = (shape[0] if shape else 1), max(1, prod(shape[1:]))
+        multiple = 1
+        if name in self.weights:  # where tiles begin decides how sums are rounded: blocks are whole tiles
+            is_rows = self.weights[name][0].layout == "rows"
+            multiple = max(1, numerics.TILE // columns) if is_rows else rows
         step = max(1, BLOCK // (columns * multiple)) * multiple
-        return [(start, min(rows, start + step)) for start in range(0, rows, step)]
+        return [_Block(name, i, min(rows, i + step), i + step >= rows) for i in range(0, rows, step)]
+
+
+class _Block(NamedTuple):
+    """Rows of a float tensor."""
+
+    name: str
+    start: int
+    stop: int
+    is_last: bool
+
+
+class _Done(NamedTuple):
+    """What became of a block: bytes read, rows to write, and their errors, a tile of them each."""
+
+    nbytes: int
+    tensors: dict[str, Tensor]
+    errors: list[ErrorSum]
 
 
 @dataclass

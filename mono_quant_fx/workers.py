@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import TypeVar
 
 import torch
 
+A = TypeVar("A")
 T = TypeVar("T")
-Block = tuple[int, int]
 
 
 class Workers:
@@ -26,14 +26,14 @@ class Workers:
         self._pool.shutdown(cancel_futures=True)
         torch.set_num_threads(self._count)  # what a thread sets is also what later threads start with
 
-    def run(self, work: Callable[[int, int], T], blocks: Sequence[Block]) -> Iterator[tuple[int, T]]:
-        """(stop, work(start, stop)) of each block in turn; one block more than there are threads is under way."""
-        waiting: deque[tuple[int, Future[T]]] = deque()
-        for start, stop in blocks:
-            waiting.append((stop, self._pool.submit(work, start, stop)))
+    def run(self, work: Callable[[A], T], items: Iterable[A]) -> Iterator[tuple[A, T]]:
+        """(item, work(item)) of each in turn; one item more than there are threads is under way."""
+        waiting: deque[tuple[A, Future[T]]] = deque()
+        for item in items:
+            waiting.append((item, self._pool.submit(work, item)))
             if len(waiting) > self._count:
-                end, future = waiting.popleft()
-                yield end, future.result()
+                first, future = waiting.popleft()
+                yield first, future.result()
         while waiting:
-            end, future = waiting.popleft()
-            yield end, future.result()
+            first, future = waiting.popleft()
+            yield first, future.result()
