@@ -498,3 +498,35 @@ def test_memory_holds_a_part_of_the_model(tmp_path):
     program = [sys.executable, "-c", PEAK, str(tmp_path / "float.safetensors"), str(tmp_path / "out")]
     done = subprocess.run(program, capture_output=True, text=True, check=True)
     assert float(done.stdout) < 256, "MiB beyond what the interpreter and torch take"
+
+
+def test_rows_are_written_in_any_order_of_tensors_and_read_in_parts(tmp_path):
+    a, b = torch.arange(12.0).view(6, 2), torch.arange(5, dtype=torch.int8)
+    entries = [("a", a.dtype, (6, 2)), ("b", b.dtype, (5,)), ("c", torch.float32, ()), ("d", torch.float32, (0, 3))]
+    with TensorWriter(tmp_path / "x", entries, {"k": "v"}, spare=100) as writer:
+        writer.write_rows("b", b[:2])
+        writer.write_rows("a", a)
+        writer.write_rows("b", b[2:])
+        writer.write_rows("c", torch.tensor(3.0))
+        for name, tensor, said in (("b", b[:1], "has 5 rows; 5 are written"), ("z", b, "write what was declared")):
+            with pytest.raises(mq.FileFormatError, match=said):
+                writer.write_rows(name, tensor)
+        with pytest.raises(mq.FileFormatError, match="were set aside"):
+            writer.describe({"k": "v" * 200})
+        writer.describe({"k": "v" * 90})
+    with TensorFile(tmp_path / "x") as file:
+        assert file.metadata == {"k": "v" * 90}
+        assert torch.equal(file.tensor("a"), a)
+        assert torch.equal(file.read_rows("a", 1, 4), a[1:4])
+        assert torch.equal(file.read_rows("b", 2, 5), b[2:])
+        assert file.read_rows("c", 0, 1) == 3.0
+        assert file.read_rows("d", 0, 0).shape == (0, 3)
+
+
+def test_rows_that_are_missing_leave_no_file(tmp_path):
+    with (
+        pytest.raises(mq.FileFormatError, match="tensor 'a' was not written"),
+        TensorWriter(tmp_path / "x", [("a", torch.float32, (6, 2))]) as writer,
+    ):
+        writer.write_rows("a", torch.zeros(5, 2))
+    assert not list(tmp_path.iterdir())
