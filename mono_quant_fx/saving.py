@@ -90,7 +90,7 @@ def write_model(
     stored = stored_tensors(gm)
     tensors = stored.tensors
     metadata = header_of(gm, stored, table, info, config, structure)
-    digests = torch.zeros(len(tensors), 32, dtype=torch.uint8, device="cpu")  # whatever the default device
+    digests = torch.zeros(len(tensors), 32, dtype=torch.uint8, device="cpu")
     entries = [(name, t.dtype, tuple(t.shape)) for name, t in (*tensors.items(), (DIGESTS, digests))]
     with TensorWriter(path, entries, metadata) as writer:
         for i, (name, tensor) in enumerate(tensors.items()):
