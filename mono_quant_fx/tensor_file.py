@@ -160,7 +160,7 @@ class TensorFile:
             if not count:
                 raise FileFormatError(f"{self.path}: tensor {shown(entry.name)} ends early; the file got shorter")
             end += count
-        raw = torch.frombuffer(data, dtype=torch.uint8) if len(data) else torch.empty(0, dtype=torch.uint8, device="cpu")
+        raw = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8, device="cpu")
         return self._typed(Entry(name, entry.dtype, shape, 0, len(data)), raw)
 
     def digest(self, name: str) -> str:
