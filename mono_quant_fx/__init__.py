@@ -53,6 +53,7 @@ from mono_quant_fx.printing import diff_graphs, format_graph
 from mono_quant_fx.provenance import Step, history
 from mono_quant_fx.result import QuantizationInfo, QuantizationResult, save
 from mono_quant_fx.select_observer import ExperimentalWarning, select_observer
+from mono_quant_fx.streaming import CheckpointReport, quantize_checkpoint
 from mono_quant_fx.table import AccuracyRow, AccuracyTable
 from mono_quant_fx.validation import (
     AccuracyWarning,
@@ -74,6 +75,7 @@ __all__ = [
     "CaptureError",
     "Chapter",
     "CheckpointError",
+    "CheckpointReport",
     "CompileBackend",
     "CompileReport",
     "CompiledGraph",
@@ -134,6 +136,7 @@ __all__ = [
     "measure_accuracy",
     "passes",
     "quantize",
+    "quantize_checkpoint",
     "quantize_weight_int4",
     "relative_error",
     "save",

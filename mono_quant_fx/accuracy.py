@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -65,6 +65,28 @@ def measure_accuracy(
     filled.sort(key=lambda row: order[row.node])
     output = errors[_OUTPUT].accumulated.sqnr_db if samples else None
     return AccuracyTable(tuple(filled), output, samples)
+
+
+def weights_table(
+    reference: fx.GraphModule,
+    quantized: fx.GraphModule,
+    sqnr_db: Mapping[str, float | None],
+    *,
+    sqnr_warning_threshold: float = 20.0,
+    sqnr_error_threshold: float = 10.0,
+) -> AccuracyTable:
+    """The table that measure_accuracy makes without data, of graphs whose tensors may be on the meta device.
+
+    Args:
+        sqnr_db: name of a lowered weight -> its SQNR, as weight_sqnr_db has it.
+    """
+    rows = [
+        judged(row, sqnr_warning_threshold, sqnr_error_threshold)
+        for node, annotation in annotated(quantized)
+        for row in rows_of(annotation, WeightFigures.read(reference, quantized, node, annotation, sqnr_db))
+    ]
+    order = {n.name: i for i, n in enumerate(quantized.graph.nodes)}
+    return AccuracyTable(tuple(sorted(rows, key=lambda row: order[row.node])))
 
 
 class _NodeErrors:
@@ -157,9 +179,14 @@ class WeightFigures:
 
     @classmethod
     def read(
-        cls, reference: fx.GraphModule, quantized: fx.GraphModule, node: fx.Node, annotation: QuantAnnotation
+        cls,
+        reference: fx.GraphModule,
+        quantized: fx.GraphModule,
+        node: fx.Node,
+        annotation: QuantAnnotation,
+        sqnr_db: Mapping[str, float | None] | None = None,
     ) -> WeightFigures:
-        """Those of an annotated node; its float weight is in `reference`."""
+        """Those of an annotated node; its float weight is in `reference`. `sqnr_db` has what was measured before."""
         if not annotation.lowered:
             value = graph.get_attribute(quantized, str(node.target))
             tensors = [value] if isinstance(value, Tensor) else list(value.parameters())
@@ -175,21 +202,31 @@ class WeightFigures:
             ) from e
         stored = stored_weight(quantized, annotation)
         size = sum(t.nbytes for t in stored if t is not None)
-        return cls(str(annotation.scheme), weight.nbytes, size, weight_sqnr_db(weight, stored, annotation))
+        measured = weight_sqnr_db(weight, stored, annotation) if sqnr_db is None else sqnr_db[annotation.weight]
+        return cls(str(annotation.scheme), weight.nbytes, size, measured)
 
 
 def weight_sqnr_db(weight: Tensor, stored: numerics.QuantizedWeight, annotation: QuantAnnotation) -> float | None:
     """SQNR of a stored weight against the float one, a tile of rows at a time."""
+    total = ErrorSum()
+    for error in weight_errors(weight, stored, annotation):
+        total.merge(error)
+    return total.sqnr_db
+
+
+def weight_errors(weight: Tensor, stored: numerics.QuantizedWeight, annotation: QuantAnnotation) -> list[ErrorSum]:
+    """The error of a weight, or of some of its rows, a tile of rows at a time."""
     assert annotation.scheme is not None
+    errors: list[ErrorSum] = []
     matrix = to_matrix(weight.detach(), annotation.layout, annotation.groups)
     step = max(1, numerics.TILE // matrix.shape[1])
-    total = ErrorSum()
     for start in range(0, matrix.shape[0], step):
         rows = slice(start, start + step)
         part = numerics.QuantizedWeight(*(None if t is None else t[rows] for t in stored))  # type: ignore[arg-type]
         group_size = annotation.scheme.group_size
-        total.add(matrix[rows], numerics.dequantize_weight(part, group_size, matrix.shape[1]))
-    return total.sqnr_db
+        errors.append(ErrorSum())
+        errors[-1].add(matrix[rows], numerics.dequantize_weight(part, group_size, matrix.shape[1]))
+    return errors
 
 
 def _with_every_node(

@@ -82,7 +82,7 @@ def capture(
     example = None if example_inputs is None else to_batch(example_inputs)
     if example is not None:
         example.check_fits(model)
-    gm, notes = _Attempts(model, example, dynamic_shapes).run(method)
+    gm, notes = attempt(model, example, method, dynamic_shapes)
     for note in notes:
         warnings.warn(note, stacklevel=2)
     own_state(gm)
@@ -92,6 +92,20 @@ def capture(
 Captured = tuple[fx.GraphModule, list[str]]
 
 
+def attempt(
+    model: nn.Module, example: Batch | None, method: str, dynamic_shapes: Any = None, *, is_compared: bool = True
+) -> Captured:
+    """The graph that `method` leads to, and what the user should know about it.
+
+    Args:
+        is_compared: the graph must compute on the example what the model does; needs a model with values.
+
+    Raises:
+        CaptureError: no way leads to a graph.
+    """
+    return _Attempts(model, example, dynamic_shapes, is_compared).run(method)
+
+
 @dataclass
 class _Attempts:
     """The ways tried so far and how each failed, for the one error that tells the whole story."""
@@ -99,6 +113,7 @@ class _Attempts:
     model: nn.Module
     example: Batch | None
     dynamic_shapes: Any
+    is_compared: bool
     expected: list[Any] | None = None
 
     def run(self, method: str) -> Captured:
@@ -154,7 +169,7 @@ class _Attempts:
     def _expect(self) -> None:
         """Notes what the model gives on the example, where it can be run."""
         example = self.example
-        if example is None or any(t.is_meta for _, t in graph.named_tensors(self.model)):
+        if not self.is_compared or example is None or any(t.is_meta for _, t in graph.named_tensors(self.model)):
             return
         try:
             self.expected = _outputs(_running_twin(self.model), lambda m: m(*example.args, **example.kwargs))

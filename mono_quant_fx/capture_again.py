@@ -1,6 +1,8 @@
-"""Captures a model the way another of its class was captured, without its values: all tensors may be on meta."""
+"""Captures a model without its values: all tensors may be on meta. For the first time, or as another of its class."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -8,13 +10,37 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from mono_quant_fx import graph
-from mono_quant_fx.capture import check_eval
-from mono_quant_fx.capture_record import CaptureRecord, meta_batch, set_record
-from mono_quant_fx.data import Batch
+from mono_quant_fx.capture import attempt, check_eval
+from mono_quant_fx.capture_record import CaptureRecord, get_record, meta_batch, set_record
+from mono_quant_fx.data import Batch, to_batch
 from mono_quant_fx.errors import CaptureError, MonoQuantError
 from mono_quant_fx.exporter import export
 from mono_quant_fx.state import own_state
 from mono_quant_fx.tracer import trace, twin
+
+
+def capture_without_values(model: nn.Module, example_inputs: Any = None) -> tuple[fx.GraphModule, list[str]]:
+    """The float graph, with every tensor of the model on the meta device, and what the user should know about it.
+
+    As capture(model, example_inputs) goes, but nothing is run, so that no check tells a frozen decision: where one is
+    possible, an example makes no difference to symbolic tracing.
+
+    Raises:
+        CaptureError: the model is in training mode or cannot be copied, or no way leads to a graph.
+        CalibrationError: the example does not fit forward.
+    """
+    check_eval(model)
+    example = None if example_inputs is None else to_batch(example_inputs)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    hollow = _hollow(model, CaptureRecord("symbolic"), mode)
+    if example is not None:
+        example.check_fits(model)
+        example = _filled(example, mode)
+    gm, notes = attempt(hollow, example, "auto", is_compared=False)
+    record = get_record(gm)
+    _to_meta(gm)
+    own_state(gm)
+    return set_record(gm, record), notes
 
 
 def capture_again(model: nn.Module, record: CaptureRecord) -> fx.GraphModule:
@@ -54,18 +80,24 @@ def _without_values(model: nn.Module, record: CaptureRecord) -> fx.GraphModule:
     if record.method == "symbolic":
         gm = trace(hollow, None if record.names is None else list(record.names))
     else:
-        batch = meta_batch(record.inputs)
-        with mode:
-            args, kwargs = pytree.tree_map_only(Tensor, _zeros, (batch.args, batch.kwargs))
-        gm, _ = export(hollow, Batch(args, kwargs))
-    for name, tensor in list(graph.named_tensors(gm)):
-        if isinstance(tensor, FakeTensor):
-            graph.attach(gm, name, _like(tensor, "meta"), graph.is_persistent(gm, name))
+        gm, _ = export(hollow, _filled(meta_batch(record.inputs), mode))
+    _to_meta(gm)
     return gm
 
 
-def _zeros(tensor: Tensor) -> Tensor:
-    return torch.zeros_like(tensor, device="cpu")
+def _to_meta(gm: fx.GraphModule) -> None:
+    tensors, made = list(graph.named_tensors(gm)), dict[int, Tensor]()  # the list keeps ids from being used again
+    for name, tensor in tensors:
+        if isinstance(tensor, FakeTensor):
+            graph.attach(gm, name, made.setdefault(id(tensor), _like(tensor, "meta")), graph.is_persistent(gm, name))
+
+
+def _filled(batch: Batch, mode: FakeTensorMode) -> Batch:
+    with mode:
+        args, kwargs = pytree.tree_map_only(
+            Tensor, lambda t: torch.zeros_like(t, device="cpu"), (batch.args, batch.kwargs)
+        )
+    return Batch(args, kwargs)
 
 
 def _hollow(model: nn.Module, record: CaptureRecord, mode: FakeTensorMode) -> nn.Module:

@@ -112,7 +112,7 @@ def quantize(
     said, gm = _listening(lambda: clock.time("capture", lambda: capture(model, example_inputs)))
     out = default_pipeline(config, batches, clock.lap)(gm).graph_module
     table = clock.time("accuracy", lambda: _measure(gm, out, batches, config))
-    info = _info(gm, out, table, config, samples, clock.seconds)
+    info = info_of(gm, out, table, config, samples, clock.seconds)
     result = QuantizationResult(out, table, info, config)
     info.warnings += said
     info.warnings += check_accuracy_warnings(result, accuracy_warning="ignore", **_thresholds(config))
@@ -161,7 +161,7 @@ def _measure(
     return measure_accuracy(gm, out, batches, **_thresholds(config))
 
 
-def _info(
+def info_of(
     gm: fx.GraphModule,
     out: fx.GraphModule,
     table: AccuracyTable,
@@ -169,6 +169,7 @@ def _info(
     samples: int,
     seconds: dict[str, float],
 ) -> QuantizationInfo:
+    """The figures of a quantization, the warnings aside; of tensors only sizes are read."""
     quantized, skipped = {}, {}
     for _, annotation in annotated(out):
         name = annotation.users[0].module if len(annotation.users) == 1 else ""

@@ -32,7 +32,7 @@ from mono_quant_fx.records import from_plain
 from mono_quant_fx.result import QuantizationInfo, QuantizationResult
 from mono_quant_fx.saving import DIGESTS, FORMAT_VERSION, KEY
 from mono_quant_fx.table import AccuracyTable
-from mono_quant_fx.tensor_file import TensorFile
+from mono_quant_fx.tensor_folder import Tensors, open_tensors
 
 #: How many differing tensors an error lists.
 SHOWN = 5
@@ -54,7 +54,7 @@ class Header:
     graph: Any = None
 
 
-def read_header(file: TensorFile) -> Header:
+def read_header(file: Tensors) -> Header:
     """Raises FileFormatError unless the file is one that save wrote."""
     if KEY not in file.metadata:
         raise FileFormatError(
@@ -79,14 +79,15 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> Quanti
     """Loads what save wrote. Weights are memory-mapped, and no float weight is ever made.
 
     Args:
-        path: of the file.
+        path: of the file, or of the folder that quantize_checkpoint wrote.
         model: the float model, which gives structure only: its values are not read, so that it may be on the meta
             device (``with torch.device("meta"): model = Net()``). It is captured as it was before, and the file's plan
             is carried out. A GraphModule that capture returned will do as well. None takes the graph from the file,
             where save(..., graph=True) put it.
 
     Raises:
-        FileFormatError: the file is damaged, or something else. CaptureError: the model cannot be captured as before.
+        FileFormatError: the file is damaged, something else, or incomplete. CaptureError: the model cannot be captured
+            as before.
         PlanError: the model's weights or tensors are not the file's; names them, with what was found and expected.
 
     >>> import tempfile
@@ -99,7 +100,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> Quanti
     >>> torch.equal(again.graph_module(x), result.graph_module(x))
     True
     """
-    file = TensorFile(path)
+    file = open_tensors(path)
     header = read_header(file)
     if model is None:
         gm = _own_graph(file, header)
@@ -116,7 +117,7 @@ def _check_type(model: object) -> None:
         raise PlanError(f"model: the float torch.nn.Module is needed, not {type(model).__name__}")
 
 
-def _pipeline(file: TensorFile, header: Header) -> Pipeline:
+def _pipeline(file: Tensors, header: Header) -> Pipeline:
     """The passes after the decisions, on tensors without values."""
     sizes = {e.name: torch.empty(e.shape, dtype=e.dtype, device="meta") for e in file.entries.values()}
     stages: tuple[Pass, ...] = (PlanRestoration(header.plan, sizes),)
@@ -128,7 +129,7 @@ def _pipeline(file: TensorFile, header: Header) -> Pipeline:
     return Pipeline(stages)
 
 
-def _fill(gm: fx.GraphModule, file: TensorFile, header: Header) -> None:
+def _fill(gm: fx.GraphModule, file: Tensors, header: Header) -> None:
     """Puts the file's tensors in, after every name, shape and dtype has been compared."""
     pieces = merged_pieces(gm)
     wanted: dict[str, Tensor] = {}
@@ -147,7 +148,7 @@ def _fill(gm: fx.GraphModule, file: TensorFile, header: Header) -> None:
         graph.attach(gm, name, made[source], graph.is_persistent(gm, name))
 
 
-def stacked(file: TensorFile, names: list[str]) -> Tensor:
+def stacked(file: Tensors, names: list[str]) -> Tensor:
     """Parts that lie side by side as one view; elsewhere a copy."""
     whole = file.span(names)
     if whole is not None:
@@ -158,7 +159,7 @@ def stacked(file: TensorFile, names: list[str]) -> Tensor:
         raise FileFormatError(f"{file.path}: tensors {', '.join(names)} cannot be stacked: {e}") from e
 
 
-def _compare(file: TensorFile, wanted: Mapping[str, Tensor]) -> None:
+def _compare(file: Tensors, wanted: Mapping[str, Tensor]) -> None:
     found = {name: entry for name, entry in file.entries.items() if name != DIGESTS}
     differing = [f"{name} is in the model and not in the file" for name in wanted if name not in found]
     differing += [f"{name} is in the file and not in the model" for name in found if name not in wanted]
@@ -181,7 +182,7 @@ def _look(shape: Any, dtype: torch.dtype) -> str:
     return f"{str(dtype).removeprefix('torch.')}{list(shape)}"
 
 
-def _own_graph(file: TensorFile, header: Header) -> fx.GraphModule:
+def _own_graph(file: Tensors, header: Header) -> fx.GraphModule:
     if header.graph is None:
         raise PlanError(f"{file.path} holds no graph: pass the float model, load(path, model), or save with graph=True")
     parts = {part for names in header.stacked.values() for part in names}

@@ -37,7 +37,14 @@ class ErrorSum:
         self.signal += _energy(ref)
         if math.isfinite(self.noise) and diff.numel():
             self.noise += _energy(diff)
-            self.max_abs = max(self.max_abs, float(torch.linalg.vector_norm(diff, math.inf)))
+            self.max_abs = max(self.max_abs, float(diff.abs().amax()))
+
+    def merge(self, later: ErrorSum) -> None:
+        """Adds what another sum has of the pairs that come after."""
+        self.signal += later.signal
+        self.noise += later.noise
+        self.max_abs = max(self.max_abs, later.max_abs)
+        self.batches += later.batches
 
     @property
     def sqnr_db(self) -> float | None:

@@ -88,7 +88,27 @@ def write_model(
     Args:
         structure: the graph as JSON data, if it is to be in the file.
     """
-    tensors, tied, parts = stored_tensors(gm)
+    stored = stored_tensors(gm)
+    tensors = stored.tensors
+    metadata = header_of(gm, stored, table, info, config, structure)
+    digests = torch.zeros(len(tensors), 32, dtype=torch.uint8, device="cpu")
+    entries = [(name, t.dtype, tuple(t.shape)) for name, t in (*tensors.items(), (DIGESTS, digests))]
+    with TensorWriter(path, entries, metadata) as writer:
+        for i, (name, tensor) in enumerate(tensors.items()):
+            digests[i] = digest(tensor)
+            writer.write(name, tensor)
+        writer.write(DIGESTS, digests)
+
+
+def header_of(
+    gm: fx.GraphModule,
+    stored: Stored,
+    table: AccuracyTable,
+    info: Any,
+    config: QuantConfig,
+    structure: dict[str, Any] | None = None,
+) -> dict[str, str]:
+    """The metadata of a file that holds `stored`."""
     about = {
         "format_version": FORMAT_VERSION,
         "versions": versions(),
@@ -97,19 +117,12 @@ def write_model(
         "plan": [to_plain(annotation, brief=True) for _, annotation in annotated(gm)],
         "table": to_plain(table),
         "info": to_plain(info),
-        "tied": tied,
-        "stacked": parts,
+        "tied": stored.tied,
+        "stacked": stored.stacked,
     }
     if structure is not None:
         about["graph"] = structure
-    metadata = {"format": "pt", KEY: json.dumps(about, separators=(",", ":"), allow_nan=False)}
-    digests = torch.zeros(len(tensors), 32, dtype=torch.uint8)
-    entries = [(name, t.dtype, tuple(t.shape)) for name, t in (*tensors.items(), (DIGESTS, digests))]
-    with TensorWriter(path, entries, metadata) as writer:
-        for i, (name, tensor) in enumerate(tensors.items()):
-            digests[i] = digest(tensor)
-            writer.write(name, tensor)
-        writer.write(DIGESTS, digests)
+    return {"format": "pt", KEY: json.dumps(about, separators=(",", ":"), allow_nan=False)}
 
 
 def versions() -> dict[str, str]:

@@ -144,6 +144,23 @@ class TensorFile:
         self._fill(memory(raw), entry, 0)
         return self._typed(entry, raw)
 
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows start <= i < stop (along dim 0, where there is one) in memory of their own; raises like `read`."""
+        entry = self._entry(name)
+        rows = entry.shape[0] if entry.shape else 1
+        stride = entry.nbytes // rows if rows else 0
+        shape = (stop - start, *entry.shape[1:]) if entry.shape else ()
+        data = memoryview(bytearray((stop - start) * stride))
+        at, end = self._data + entry.start + start * stride, 0
+        while end < len(data):
+            with naming(self.path):
+                count = os.preadv(self._descriptor, [data[end:]], at + end)
+            if not count:
+                raise FileFormatError(f"{self.path}: tensor {shown(entry.name)} ends early; the file got shorter")
+            end += count
+        raw = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8, device="cpu")
+        return self._typed(Entry(name, entry.dtype, shape, 0, len(data)), raw)
+
     def digest(self, name: str) -> str:
         """SHA-256 of the tensor's bytes in the file, in hexadecimal; what was written to a view does not count."""
         entry, found = self._entry(name), hashlib.sha256()

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -91,7 +92,7 @@ def parse_header(text: bytes, data_bytes: int) -> tuple[dict[str, str], dict[str
     Traceback (most recent call last):
     mono_quant_fx.errors.FileFormatError: the tensors end at byte 24 of 20 data bytes; they must end together
     """
-    header = _load(text)
+    header = parse_object(text)
     metadata = _metadata(header.pop(METADATA, {}))
     entries = sorted((_entry(name, fields) for name, fields in header.items()), key=lambda e: (e.start, e.stop))
     end = 0
@@ -105,21 +106,24 @@ def parse_header(text: bytes, data_bytes: int) -> tuple[dict[str, str], dict[str
     return metadata, {entry.name: entry for entry in entries}
 
 
-def _load(text: bytes) -> dict[str, Any]:
-    """The header as a dict. Bytes are not trusted before their nesting is known: a parser recurses into it."""
+def parse_object(text: bytes, what: str = "header") -> dict[str, Any]:
+    """A JSON object as a dict. Bytes are not trusted before their nesting is known: a parser recurses into it.
+
+    Raises FileFormatError for anything else, or deeper than three levels; it calls the text `what`.
+    """
     if not text.startswith(b"{"):
-        raise FileFormatError(f"the header starts with {shown(text[:8])}; it must start with '{{'")
+        raise FileFormatError(f"the {what} starts with {shown(text[:8])}; it must start with '{{'")
     brackets = _outside_strings(text).translate(None, _NOT_BRACKETS)
     for _ in range(_LEVELS):
         brackets = brackets.replace(b"[]", b"").replace(b"{}", b"")
     if brackets:
-        raise FileFormatError(f"the header's brackets are unbalanced or nested deeper than {_LEVELS} levels")
+        raise FileFormatError(f"the {what}'s brackets are unbalanced or nested deeper than {_LEVELS} levels")
     try:
-        return json.loads(text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+        return json.loads(text.decode("utf-8"), object_pairs_hook=partial(_unique, what), parse_constant=_no_constant)
     except UnicodeDecodeError as error:
-        raise FileFormatError(f"the header is not UTF-8: byte {error.start} is {text[error.start]:#04x}") from None
+        raise FileFormatError(f"the {what} is not UTF-8: byte {error.start} is {text[error.start]:#04x}") from None
     except (ValueError, RecursionError) as error:  # ValueError: also an integer of more digits than Python converts
-        raise FileFormatError(f"the header is not JSON: {str(error).splitlines()[0]}") from None
+        raise FileFormatError(f"the {what} is not JSON: {str(error).splitlines()[0]}") from None
 
 
 def _outside_strings(text: bytes) -> bytes:
@@ -128,12 +132,12 @@ def _outside_strings(text: bytes) -> bytes:
     return re.sub(rb'"[^"]*"?', b"", without_escapes)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(what: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object of the JSON text; the same name twice would hide one of the two."""
     found: dict[str, Any] = {}
     for name, value in pairs:
         if name in found:
-            raise FileFormatError(f"the name {shown(name)} stands twice in the header; names must be unique")
+            raise FileFormatError(f"the name {shown(name)} stands twice in the {what}; names must be unique")
         found[name] = value
     return found
 
@@ -204,12 +208,13 @@ def _check_shape(where: str, dtype: torch.dtype, shape: Any) -> None:
 
 
 def layout(
-    tensors: Sequence[tuple[str, torch.dtype, Sequence[int]]], metadata: Mapping[str, str]
+    tensors: Sequence[tuple[str, torch.dtype, Sequence[int]]], metadata: Mapping[str, str], least: int = 0
 ) -> tuple[bytes, dict[str, Entry]]:
     """The first bytes of a file, prefix and header, and its entries, one after the other in the order given.
 
     Spaces fill the header up to a multiple of 8 bytes. The data so starts aligned, and each tensor is aligned where
-    larger elements stand before smaller ones. Raises FileFormatError for what the format cannot hold.
+    larger elements stand before smaller ones. More spaces fill it up to `least` bytes, prefix and all. Raises
+    FileFormatError for what the format cannot hold.
 
     >>> head, entries = layout([("a", torch.int8, (3,)), ("b", torch.int8, ())], {})
     >>> len(head) % 8, entries["b"]
@@ -230,6 +235,7 @@ def layout(
         header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, entry.stop]}
         entries[name], start = entry, entry.stop
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * max(0, least - PREFIX - len(text))
     text += b" " * (-len(text) % PREFIX)
     if len(text) > MAX_HEADER:
         raise FileFormatError(f"the header would take {len(text)} bytes; the format allows {MAX_HEADER}: use two files")

@@ -52,6 +52,9 @@ class TensorWriter:
     temporary, and an older file stays. Where `path` is a symbolic link, the file that it points to is replaced. An
     older file's permissions are kept; those of a new one are what open() gives.
 
+    A file that is written as it is computed can be `write_rows`: parts of tensors, the tensors in any order. What its
+    header says in the end is told by `describe`, which may be longer than `metadata` by no more than `spare` bytes.
+
     Raises FileFormatError for what the format cannot hold (a name twice, "__metadata__" or with NUL, a dtype such as
     complex64, metadata that is not str to str), for a tensor that is not the declared next one, and when the block
     ends before all are written; OSError, with `path`, for a missing folder, missing rights or a full disk.
@@ -69,12 +72,18 @@ class TensorWriter:
         path: str | os.PathLike[str],
         entries: Sequence[tuple[str, torch.dtype, tuple[int, ...]]],
         metadata: Mapping[str, str] | None = None,
+        *,
+        spare: int = 0,
     ):
         self.path = Path(path)
+        self._declared = list(entries)
         try:
             self._head, self.entries = layout(entries, metadata if metadata is not None else {})
+            if spare:
+                self._head, _ = layout(entries, metadata or {}, len(self._head) + spare)
         except FileFormatError as error:
             raise FileFormatError(f"{self.path}: {error}") from None
+        self._rows, self._is_free = dict.fromkeys(self.entries, 0), False
         self._todo = iter(self.entries.values())
         self._next = next(self._todo, None)
         self._descriptor: int | None = None
@@ -102,12 +111,43 @@ class TensorWriter:
         """
         entry = self._expected(name)
         self._check(entry, tensor)
+        self._put_tensor(tensor, entry.start)
+        self._rows[name] = _rows(entry)
+        self._next = next(self._todo, None)
+
+    def write_rows(self, name: str, tensor: Tensor) -> None:
+        """Write the next rows (along dim 0) of an entry; entries in any order. Not to be mixed with `write`."""
+        entry = self.entries.get(name)
+        where = f"{self.path}: tensor {shown(name)}"
+        if entry is None or self._descriptor is None:
+            raise FileFormatError(f"{where}: write what was declared, inside the `with` block of this writer")
+        count, done = (tensor.shape[0] if entry.shape else 1), self._rows[name]
+        if done + count > _rows(entry):
+            raise FileFormatError(f"{where} has {_rows(entry)} rows; {done} are written, and {count} are too many")
+        part = (count, *entry.shape[1:]) if entry.shape else ()
+        self._check(Entry(name, entry.dtype, part, entry.start, entry.stop), tensor)
+        self._put_tensor(tensor, entry.start + done * (entry.nbytes // max(1, _rows(entry))))
+        self._rows[name] += count
+        self._is_free = True
+
+    def describe(self, metadata: Mapping[str, str]) -> None:
+        """Replace the metadata, in the space that the header has."""
+        try:
+            head, _ = layout(self._declared, metadata, len(self._head))
+        except FileFormatError as error:
+            raise FileFormatError(f"{self.path}: {error}") from None
+        if len(head) > len(self._head):
+            raise FileFormatError(f"{self.path}: a header of {len(head)} bytes; {len(self._head)} were set aside")
+        with naming(self.path):
+            self._put(head, 0)
+
+    def _put_tensor(self, tensor: Tensor, start: int) -> None:
+        """Write a tensor's bytes at byte `start` of the data."""
         dense = tensor.detach().resolve_neg().contiguous().cpu()
         # not reshape: a single element is contiguous with any stride, and only stride 1 can be viewed as bytes
         raw = dense.as_strided((dense.numel(),), (1,)).view(torch.uint8)
         with naming(self.path):
-            self._put(memory(raw), len(self._head) + entry.start)
-        self._next = next(self._todo, None)
+            self._put(memory(raw), len(self._head) + start)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -119,8 +159,11 @@ class TensorWriter:
             self._discard()
 
     def _commit(self) -> None:
-        if self._next is not None:
-            raise FileFormatError(f"{self.path}: tensor {shown(self._next.name)} was not written; write every entry")
+        left = self._next
+        if self._is_free:
+            left = next((e for e in self.entries.values() if e.nbytes and self._rows[e.name] < _rows(e)), None)
+        if left is not None:
+            raise FileFormatError(f"{self.path}: tensor {shown(left.name)} was not written; write every entry")
         assert self._descriptor is not None
         with naming(self.path):
             os.fsync(self._descriptor)
@@ -167,6 +210,10 @@ class TensorWriter:
                 f"{where} is on the device {tensor.device} with layout {tensor.layout}; "
                 "only a dense tensor with data can be written: use to_dense(), or load its values first"
             )
+
+
+def _rows(entry: Entry) -> int:
+    return entry.shape[0] if entry.shape else 1
 
 
 def _destination(path: Path) -> tuple[Path, int | None]:
