@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import os
+import tempfile
 from pathlib import Path
+
+from torch import nn
 
 from mono_quant_fx.cli_inputs import batches, load_checkpoint, make_model, read_inputs
 from mono_quant_fx.cli_options import config_fields
-from mono_quant_fx.cli_report import result_report, verdict
+from mono_quant_fx.cli_report import model_report, result_report, verdict
 from mono_quant_fx.cli_text import CommandError, Report
 from mono_quant_fx.compiler import quantize
 from mono_quant_fx.config import QuantConfig
+from mono_quant_fx.graph import named_tensors
 from mono_quant_fx.result import save
+from mono_quant_fx.streaming import quantize_checkpoint
 
 
 def run_quantize(options: argparse.Namespace) -> tuple[Report, str | None]:
@@ -20,7 +26,9 @@ def run_quantize(options: argparse.Namespace) -> tuple[Report, str | None]:
     config = QuantConfig(**config_fields(options))
     if not options.checkpoint.exists():
         raise CommandError(f"{options.checkpoint}: there is no such file or folder")
-    model = make_model(options.model)
+    model = make_model(options.model, needs_values=False)
+    if any(tensor.is_meta for _, tensor in named_tensors(model)):
+        return _stream(options, model, config)
     load_checkpoint(model, options.checkpoint)
     data = None
     if options.calibration is not None:
@@ -31,6 +39,27 @@ def run_quantize(options: argparse.Namespace) -> tuple[Report, str | None]:
     if below is None:
         save(result, options.out, graph=options.graph)
     return result_report(result), None if below is None else f"{below}; {options.out} is not written"
+
+
+def _stream(options: argparse.Namespace, model: nn.Module, config: QuantConfig) -> tuple[Report, str | None]:
+    """Weight by weight, for a model without values; beside the target first, since it may be below the threshold."""
+    for name in ("calibration", "graph"):
+        if getattr(options, name):
+            raise CommandError(
+                f"--{name}: {options.model} is on the meta device, and its checkpoint is quantized weight by weight; "
+                "build the model on the CPU, with values"
+            )
+    example = read_inputs("--example", options.example, model) if options.example is not None else None
+    with tempfile.TemporaryDirectory(prefix=".mono-quant-fx.", dir=options.out.parent) as folder:
+        beside = Path(folder) / "model.safetensors"
+        report = quantize_checkpoint(
+            options.checkpoint, model, beside, config, example_inputs=example, shard_bytes=1 << 62
+        )
+        below = verdict(report.accuracy, options.fail_below_db)
+        if below is None:
+            os.replace(beside, options.out)
+    shown = model_report(report.accuracy, report.info, report.config)
+    return shown, None if below is None else f"{below}; {options.out} is not written"
 
 
 def _check_target(out: Path, sources: list[Path | None]) -> None:

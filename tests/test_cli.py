@@ -233,6 +233,19 @@ def test_below_the_threshold_is_1_and_no_file(calibrated, tmp_path, capsys):
     assert said(capsys, ["inspect", out, "--fail-below-db", "90"], 1).err.startswith(ERROR)
 
 
+def test_a_model_without_values_is_quantized_weight_by_weight(tmp_path, capsys):
+    files = [tmp_path / f"{name}.safetensors" for name in ("whole", "streamed")]
+    for file, factory in zip(files, ("make", "hollow_make"), strict=True):
+        said(capsys, ["quantize", "net.safetensors", "--model", f"cli_nets:{factory}", "--out", file])
+    whole, streamed = (TensorFile(file) for file in files)
+    assert whole.entries == streamed.entries
+    assert all(torch.equal(whole.tensor(name), streamed.tensor(name)) for name in whole.entries)
+    command = ["quantize", "net.safetensors", "--model", "cli_nets:hollow_make", "--out", files[0]]
+    before = files[0].read_bytes()
+    assert said(capsys, [*command, "--fail-below-db", "90"], 1).err.strip().endswith("is not written")
+    assert files[0].read_bytes() == before and sorted(tmp_path.iterdir()) == sorted(files)
+
+
 def test_a_critical_finding_that_the_user_made_an_error_is_1(tmp_path, capsys):
     options = ["--accuracy-warning", "error", "--sqnr-error-threshold", "80", "--sqnr-warning-threshold", "90"]
     line = failure(capsys, [*QUANTIZE, *options, "--out", tmp_path / "x.safetensors"], 1)
@@ -251,7 +264,8 @@ def test_a_critical_finding_that_the_user_made_an_error_is_1(tmp_path, capsys):
         ({"--model": "cli_nets:number"}, "number() returned a int; a torch.nn.Module is needed"),
         ({"--model": "cli_nets:fails"}, "fails() raised ValueError: no such weights"),
         ({"--model": "cli_nets:leaves"}, "leaves() raised SystemExit: 3"),
-        ({"--model": "cli_nets:hollow"}, "the model is on the meta device"),
+        ({"--model": "cli_nets:hollow"}, "net.safetensors"),
+        ({"--model": "cli_nets:hollow_make", "--calibration": "inputs.safetensors"}, "is on the meta device"),
         (
             {"--model": "cli_nets:Tied"},
             "net.safetensors does not fit the model: 0.bias is in the checkpoint and not in",
