@@ -10,7 +10,6 @@ the new index: at each moment OUT has the old model, the new one, or none and a 
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -23,6 +22,11 @@ from typing import Any
 from mono_quant_fx.errors import FileFormatError
 from mono_quant_fx.tensor_file import TensorFile
 from mono_quant_fx.tensor_folder import INDEX, PARTIAL, SINGLE, is_plain, read_index
+
+try:
+    import fcntl
+except ImportError:  # no POSIX system: a second writer is not kept out
+    fcntl = None  # type: ignore[assignment]
 
 STATE = "state.json"
 
@@ -48,7 +52,8 @@ class PartialFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = os.open(self.path, os.O_RDONLY)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if fcntl is not None:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             os.close(self._lock)
             raise FileFormatError(f"{self.out}: another process is writing here; wait until it is done") from None

@@ -21,6 +21,7 @@ from mono_quant_fx.graph_json import graph_from_json, graph_to_json
 from mono_quant_fx.json_values import value_from_json, value_to_json
 from mono_quant_fx.leaf_modules import ARGUMENTS, CLASSES, leaf_from_json, leaf_to_json
 from tests import capture_models, hf_models, models
+from tests.real_models import minilm
 
 
 def tensors_of(gm: fx.GraphModule, data: dict[str, Any]) -> dict[str, Tensor]:
@@ -233,7 +234,12 @@ class Plain(nn.Module):
 
 
 FAST = ("bert", "llama")
-REFUSED = {"mixtral": "transformers.grouped_mm_fallback"}
+#: Two models' checks of their sizes branch, which no graph can hold; mixtral calls a function of its own.
+REFUSED = {
+    "mixtral": "transformers.grouped_mm_fallback",
+    "convnext": "'_guards_fn': a check of its inputs cannot be written as a graph",
+    "wav2vec2": "'_guards_fn': a check of its inputs cannot be written as a graph",
+}
 
 
 @pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in hf_models.NAMES])
@@ -255,11 +261,8 @@ def test_a_container_class_of_its_own_is_named_with_the_way_out():
 
 @pytest.mark.slow
 def test_minilm_comes_back_to_the_bit():
-    from mono_quant_fx import demo_model
-
-    model = demo_model.load_model()
-    inputs = {"input_ids": torch.arange(12).view(2, 6) + 100, "attention_mask": torch.ones(2, 6, dtype=torch.long)}
-    round_trip(mq.quantize(model, inputs).graph_module, inputs)
+    inputs = minilm.calibration()[0]
+    round_trip(mq.quantize(minilm.load(), inputs).graph_module, inputs)
 
 
 class Odd(nn.Module):
