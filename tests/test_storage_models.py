@@ -22,6 +22,7 @@ FRESH = """
 import importlib, sys, torch
 import mono_quant_fx as mq
 from torch.utils import _pytree as pytree
+torch.use_deterministic_algorithms(True, warn_only=True)
 name, folder = sys.argv[1:]
 example, expected = torch.load(f"{folder}/example.pt", weights_only=True)
 models = [None] if name == "file" else [importlib.import_module(f"tests.real_models.{name}").load().to("meta")]
@@ -32,6 +33,14 @@ for model in models:
     assert len(found) == len(expected) and all(map(torch.equal, found, expected))
 print("same")
 """
+
+
+@pytest.fixture
+def same_kernels():
+    """Which kernel multiplies follows from sizes alone, in this process as in the other, and not from timing."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def leaves(value) -> list[Tensor]:
@@ -50,9 +59,44 @@ def test_hugging_face_models_load_into_a_skeleton_without_values(name, tmp_path)
     assert_same(again, result, hf_models.inputs(name, 3, 9 if name in hf_models.FIXED_LENGTH else 6))
 
 
+TEN = ("bert", "distilbert", "gpt2", "llama", "qwen2", "gemma2", "phi3", "vit", "mamba", "t5")
+FRESH_TEN = """
+import sys, torch
+import mono_quant_fx as mq
+from torch.utils import _pytree as pytree
+from tests import hf_models
+torch.use_deterministic_algorithms(True, warn_only=True)
+folder, *names = sys.argv[1:]
+for name in names:
+    example, expected = torch.load(f"{folder}/{name}.pt", weights_only=True)
+    gm = mq.load(f"{folder}/{name}.safetensors", hf_models.build(name).to("meta")).graph_module
+    with torch.no_grad():
+        found = [t for t in pytree.tree_leaves(gm(**example)) if isinstance(t, torch.Tensor)]
+    assert len(found) == len(expected) and all(map(torch.equal, found, expected)), name
+print("same")
+"""
+
+
+@pytest.mark.slow
+def test_ten_hugging_face_models_are_the_same_in_a_fresh_process(tmp_path, same_kernels):
+    for name in TEN:
+        model, example = hf_models.build(name), hf_models.inputs(name, 1, 9)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            result = mq.quantize(model, example, group_size=16, skip_param_threshold=64, accuracy_warning="ignore")
+        result.save(tmp_path / f"{name}.safetensors")
+        with torch.no_grad():
+            torch.save((example, leaves(result.graph_module(**example))), tmp_path / f"{name}.pt")
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FRESH_TEN, str(tmp_path), *TEN],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.stdout.endswith("same\n"), done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", REAL)
-def test_real_models_are_the_same_in_a_fresh_process(name, tmp_path):
+def test_real_models_are_the_same_in_a_fresh_process(name, tmp_path, same_kernels):
     module = importlib.import_module(f"tests.real_models.{name}")
     example = module.calibration()[0]
     with warnings.catch_warnings():
