@@ -64,7 +64,7 @@ class QuantizationResult(Shown):
     graph_module: fx.GraphModule
     accuracy: AccuracyTable
     info: QuantizationInfo
-    config: QuantConfig = field(default_factory=QuantConfig)
+    config: QuantConfig = field(default_factory=QuantConfig, repr=False)
 
     @property
     def warnings(self) -> list[str]:
