@@ -1,10 +1,12 @@
-/* int4_linear with AVX-512's bf16 dot products. Two ways to multiply, both along K, 128 columns (16 words) at a time:
+/* int4_linear with AVX-512's bf16 dot products. Codes become bf16 as they are, which is exact, and sums meet their scale
+ * in fp32.
  *
- * few rows    the codes become bf16 as they are (-8..7 is exact); a block's dot products are scaled in fp32
- * many rows   the codes are scaled and rounded to bf16, once for a panel of weight rows that stays in L1
+ * few rows    unpacked in registers, along K, 128 columns (16 words) at a time
+ * many rows   unpacked into panels that stay in L1 (panels.h)
  *
- * Lane l of a 32-bit vector belongs to word l of the block, so that one vector of scales serves any group size that is a
- * multiple of 8. x is rounded to bf16 and brought into that order once a call: vector j holds columns 4 i + j.
+ * For few rows, lane l of a 32-bit vector belongs to word l of the block, so that one vector of scales serves any group
+ * size that is a multiple of 8. x is rounded to bf16 and brought into that order once a call: vector j holds columns
+ * 4 i + j.
  */
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c")
 #include "avx512.h"
