@@ -8,22 +8,21 @@ leaf modules, or computes something else than the model does.
 from __future__ import annotations
 
 import contextlib
-import functools
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.fx.graph import _PyTreeCodeGen
 
-from mono_quant_fx import graph
-from mono_quant_fx.capture_errors import explain_failure, explain_own_failure
+from mono_quant_fx.capture_errors import explain_failure
 from mono_quant_fx.capture_record import CaptureRecord, plain_batch, set_record, tied_names
-from mono_quant_fx.data import Batch, leaves, to_batch
+from mono_quant_fx.data import Batch, to_batch
 from mono_quant_fx.errors import CaptureError, ConfigError
 from mono_quant_fx.exporter import check_exported_mode, export, follow_inputs
+from mono_quant_fx.faithfulness import check_faithful, expectation
 from mono_quant_fx.state import own_state
 from mono_quant_fx.tracer import open_modules, trace
 from mono_quant_fx.weight_ops import find_weights, hidden_weights
@@ -118,7 +117,8 @@ class _Attempts:
 
     def run(self, method: str) -> Captured:
         """The graph, and what the user should know about it."""
-        self._expect()
+        if self.is_compared and self.example is not None:
+            self.expected = expectation(self.model, self.example)
         failures: dict[str, BaseException] = {}
         symbolic = None
         if method != "export":
@@ -145,7 +145,7 @@ class _Attempts:
     def _symbolic(self) -> Captured:
         names = None if self.example is None else self.example.names(self.model)
         gm = trace(self.model, names)
-        self._check_faithful(gm)
+        self._check(gm)
         record = CaptureRecord("symbolic", None if names is None else tuple(names), tied=tied_names(self.model))
         return set_record(gm, record), []
 
@@ -161,66 +161,14 @@ class _Attempts:
 
     def _export_on(self, batch: Batch) -> Captured:
         gm, notes = export(self.model, batch, self.dynamic_shapes)
-        self._check_faithful(gm)
+        self._check(gm)
         has_own_sizes = self.dynamic_shapes is not None
         record = CaptureRecord("export", None, plain_batch(batch), has_own_sizes, tied_names(self.model))
         return set_record(gm, record), notes
 
-    def _expect(self) -> None:
-        """Notes what the model gives on the example, where it can be run."""
-        example = self.example
-        if not self.is_compared or example is None or any(t.is_meta for _, t in graph.named_tensors(self.model)):
-            return
-        try:
-            self.expected = _outputs(_running_twin(self.model), lambda m: m(*example.args, **example.kwargs))
-        except Exception as e:
-            raise CaptureError(explain_own_failure(self.model, example.label, e)) from e
-
-    def _check_faithful(self, gm: fx.GraphModule) -> None:
-        """Raises CaptureError if the graph computes something else than the model on the example."""
-        if self.expected is None or self.example is None:
-            return
-        actual = _outputs(_running_twin(gm), functools.partial(_interpret, values=self.example.bind(gm)))
-        if len(actual) != len(self.expected) or not all(map(_same, self.expected, actual)):
-            raise CaptureError(
-                "the traced graph computes something else than the model: Python control flow was frozen"
-            )
-
-
-def _interpret(gm: nn.Module, values: list[Any]) -> Any:
-    assert isinstance(gm, fx.GraphModule)
-    interpreter = fx.Interpreter(gm)
-    interpreter.extra_traceback = False
-    return interpreter.run(*values, enable_io_processing=False)
-
-
-def _running_twin(model: nn.Module) -> nn.Module:
-    """A copy whose buffers may be written, where the model can be copied."""
-    try:
-        return graph.isolate(model)
-    except Exception:
-        return model
-
-
-def _outputs(model: nn.Module, run: Callable[[nn.Module], Any]) -> list[Any]:
-    """The leaves of an output, under the random numbers that every run gets."""
-    state = torch.get_rng_state()
-    try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return leaves(run(model))
-    finally:
-        torch.set_rng_state(state)
-
-
-def _same(a: Any, b: Any) -> bool:
-    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
-        return type(a) is type(b) and (not isinstance(a, int | float | str) or a == b)
-    if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
-        return False
-    if not (a.is_floating_point() or a.is_complex()):
-        return torch.equal(a, b)
-    return torch.allclose(a, b, rtol=1e-3, atol=1e-5, equal_nan=True)
+    def _check(self, gm: fx.GraphModule) -> None:
+        if self.expected is not None and self.example is not None:
+            check_faithful(gm, self.example, self.expected)
 
 
 def _worth_exporting(gm: fx.GraphModule) -> bool:

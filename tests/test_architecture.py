@@ -58,7 +58,7 @@ LAYERS = [
     {"draw_tree"},
     {"draw_svg"},
     {"draw"},
-    {"exporter", "observer_base", "kl_divergence"},
+    {"exporter", "faithfulness", "observer_base", "kl_divergence"},
     {"histogram"},
     {"select_observer"},
     {"observers"},
