@@ -86,4 +86,7 @@ def _remedies(failures: dict[str, BaseException], method: str, has_example: bool
     if "control flow" in text or "DataDependent" in text or "Could not guard" in text or "symbolically traced" in text:
         advice.append("replace a Python `if` or `while` on tensor values by torch.where or torch.cond")
     advice.append("quantize the submodules that can be captured, one by one, and put the results in their places")
+    advice.append(
+        "torch.compile(model, backend=mq.compile_backend()): it quantizes, without data, the pieces that Dynamo finds"
+    )
     return advice

@@ -21,6 +21,7 @@ from mono_quant_fx.annotation import QuantAnnotation, annotated, pending, set_an
 from mono_quant_fx.compile_report import CompileReport, Ledger
 from mono_quant_fx.compiler import needs_data
 from mono_quant_fx.config import QuantConfig
+from mono_quant_fx.dynamo_frames import Fallback, ensure_listening, listen
 from mono_quant_fx.dynamo_graph import lift, rebind
 from mono_quant_fx.errors import ConfigError
 from mono_quant_fx.native import PerformanceWarning
@@ -93,6 +94,7 @@ class CompileBackend:
         self.config, self.inner = config, inner
         self._codes = SharedCodes()
         self._ledger = Ledger(config, model)
+        self._listener = listen(self, CompileBackend._left_to_python)
 
     @property
     def report(self) -> CompileReport:
@@ -101,6 +103,7 @@ class CompileBackend:
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **options: Any) -> Callable[..., Any]:
         """Called by Dynamo: one graph, and the values (weights among them) of its first call."""
+        ensure_listening(self._listener)
         lifted = lift(gm, example_inputs, self._ledger.model)
         decided = SkipAnnotation(self.config, whole=False)(lifted.graph_module).graph_module
         entries = self._encode(decided)
@@ -123,6 +126,11 @@ class CompileBackend:
         compiled.inner = self.inner(bound.graph_module, inputs, **options)
         del fixed  # the compilation finds them for as long as they live
         return compiled
+
+    def _left_to_python(self, fallback: Fallback) -> None:
+        if self._ledger.leave(fallback):
+            text = f"compile_backend: {fallback}. What it computes itself stays float; so far {self.report.headline()}"
+            warnings.warn(text, PerformanceWarning, stacklevel=2)
 
     def _encode(self, gm: fx.GraphModule) -> dict[str, Entry]:
         """Puts codes on what has a scheme, and takes the scheme from weights that must stay float."""

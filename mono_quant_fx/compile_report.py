@@ -17,6 +17,7 @@ from mono_quant_fx import graph
 from mono_quant_fx.accuracy import WeightFigures, judged, rows_of
 from mono_quant_fx.annotation import QuantAnnotation, annotated
 from mono_quant_fx.config import QuantConfig
+from mono_quant_fx.dynamo_frames import Fallback, current_frame, limits_hit
 from mono_quant_fx.rules import Known, matching_patterns, unmatched_patterns
 from mono_quant_fx.shared_codes import Entry
 from mono_quant_fx.table import AccuracyRow, db, kib
@@ -48,10 +49,16 @@ class CompiledGraph:
 
 @dataclass(frozen=True)
 class CompileReport:
-    """All graphs so far; str() is the table, with what is worth knowing below it."""
+    """All graphs so far; str() is the table, with what is worth knowing below it.
+
+    `fallbacks` are the functions that Dynamo left to Python, where weights stay float; `weights_of_model` is how many
+    weights of two or more dimensions the model has that compile_backend was given, None without one.
+    """
 
     graphs: tuple[CompiledGraph, ...]
     notes: tuple[str, ...] = ()
+    fallbacks: tuple[Fallback, ...] = ()
+    weights_of_model: int | None = None
 
     @property
     def rows(self) -> tuple[AccuracyRow, ...]:
@@ -84,15 +91,28 @@ class CompileReport:
 
     def __str__(self) -> str:
         if not self.graphs:
-            return "nothing was compiled yet: call the compiled model first"
+            return "\n".join([self._nothing(), *map(str, self.fallbacks), *self.notes])
         cells = [_cells(g.number, row) for g in self.graphs for row in g.rows]
         cells.append({"graph": "total", "KiB": kib(self.bytes_before), "KiB after": kib(self.bytes_after)})
         body = [[cell.get(name, "") for name in COLUMNS] for cell in cells]
         table = tabulate(body, tuple(COLUMNS), "simple", colalign=tuple(COLUMNS.values()), disable_numparse=True)
-        return "\n".join([table, *self._summary(), *self.notes])
+        return "\n".join([table, *self._summary(), *map(str, self.fallbacks), *self.notes])
+
+    def headline(self) -> str:
+        """How many weights are quantized, and of how many where the model is known."""
+        whole = "" if self.weights_of_model is None else f" of {self.weights_of_model}"
+        return f"{len(self.quantized)}{whole} weights quantized"
+
+    def _nothing(self) -> str:
+        if self.fallbacks:
+            return f"NOTHING WAS QUANTIZED: {self.headline()}, Dynamo compiled nothing"
+        return (
+            "nothing was compiled so far: call the compiled model first; if it was called, Dynamo left all of it to "
+            "Python and what it gave is the float model's output"
+        )
 
     def _summary(self) -> list[str]:
-        lines = [f"{len(self.quantized)} weights quantized, {len(self.skipped)} kept, in {len(self.graphs)} graphs"]
+        lines = [f"{self.headline()}, {len(self.skipped)} kept, in {len(self.graphs)} graphs"]
         if not self.quantized:
             reasons = Counter(row.reason for row in self.rows).most_common(8)
             listed = "; ".join(f"{n} x {reason}" for reason, n in reasons) or "no graph holds a weight"
@@ -115,6 +135,8 @@ class Ledger:
         self._labels: Any = WeakTensorKeyDictionary()
         self._taken: Counter[str] = Counter()
         self._first: dict[str, int] = {}
+        self._fallbacks: dict[Fallback, None] = {}
+        self._frames: dict[str, str] = {}
 
     @property
     def model(self) -> nn.Module | None:
@@ -126,7 +148,8 @@ class Ledger:
         notes = []
         if self._graphs:
             notes = [f"so far, {line}" for line in unmatched_patterns(self._config, self._known)]
-        unseen = [n for n, t in self._model_tensors() if t.dim() > 1 and t not in self._labels]
+        matrices = [(n, t) for n, t in self._model_tensors() if t.dim() > 1]
+        unseen = [n for n, t in matrices if t not in self._labels]
         if unseen:
             more = f" and {len(unseen) - 8} more" if len(unseen) > 8 else ""
             notes.append(
@@ -134,7 +157,14 @@ class Ledger:
                 "graph that was compiled for another module)"
             )
         graphs = tuple(CompiledGraph(i, tuple(rows)) for i, rows in enumerate(self._graphs))
-        return CompileReport(graphs, tuple(notes))
+        fallbacks = (*self._fallbacks, *(limits_hit(self._frames) if self._frames else ()))
+        return CompileReport(graphs, tuple(notes), fallbacks, None if self.model is None else len(matrices))
+
+    def leave(self, fallback: Fallback) -> bool:
+        """Notes a function that Dynamo left to Python; False if it was noted before."""
+        is_new = fallback not in self._fallbacks
+        self._fallbacks[fallback] = None
+        return is_new
 
     def add(self, gm: fx.GraphModule, entries: Mapping[str, Entry]) -> int:
         """Notes a graph whose weights are annotated, and gives it a number.
@@ -147,6 +177,7 @@ class Ledger:
         """
         number = len(self._graphs)
         self._graphs.append([])
+        self._frames |= [frame] if (frame := current_frame()) else []
         self._known |= Known.of(find_weights(gm), hidden_weights(gm))
         for node, annotation in annotated(gm):
             tensor = graph.get_tensor(gm, node)

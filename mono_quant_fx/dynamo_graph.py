@@ -7,6 +7,7 @@ and its codes come in as an input in its stead.
 
 from __future__ import annotations
 
+import keyword
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,10 @@ from mono_quant_fx import graph
 #: In an input's meta["tensor_dict"], where Dynamo marks what belongs to a module.
 STATIC = "_dynamo_static_input_type"
 _ROOT = re.compile(r"[LG]\['(\w+)'\]")
-_STEP = re.compile(r"\._(?:modules|parameters|buffers)\['([^']*)'\]|\.(\w+)|\['([^']*)'\]|\[(\d+)\]")
+#: How Dynamo spells an attribute of a module whose class has a __getattr__ or __setattr__ of its own.
+_DICT = re.compile(r"\.__dict__\['(\w+)'\]")
+_KEY = r"""\[(?:'([^']*)'|"([^"]*)")\]"""
+_STEP = re.compile(rf"\._(?:modules|parameters|buffers){_KEY}|\.(\w+)|{_KEY}|\[(\d+)\]")
 
 
 @dataclass(frozen=True)
@@ -62,11 +66,25 @@ class Names:
 
     def _path(self, text: str) -> str:
         root = _ROOT.match(text)
-        rest = re.sub(r"@\d+", "", text[root.end() if root else 0 :])
+        rest = _DICT.sub(r".\1", re.sub(r"@\d+", "", text[root.end() if root else 0 :]))
         if root is None or _STEP.sub("", rest):  # some other expression: still a name, if a clumsy one
             return re.sub(r"\W+", "_", text).strip("_")
         steps = ["".join(found) for found in _STEP.findall(rest)]
         return ".".join([root[1], *steps] if self._is_rooted else steps)
+
+
+#: What every module has, so that no tensor can be put under that name.
+_BARE = nn.Module()
+
+
+def _attachable(name: str) -> str:
+    """The name with each step as something that a module can be given, and that a graph's code can spell."""
+    steps = re.sub(r"""["'\\\n\r]""", "_", name).split(".")
+    return ".".join(f"{step}_" if _is_taken(step) else step for step in steps)
+
+
+def _is_taken(step: str) -> bool:
+    return not step or keyword.iskeyword(step) or hasattr(_BARE, step)
 
 
 def lift(gm: fx.GraphModule, example_inputs: Sequence[Any], model: nn.Module | None = None) -> Lifted:
@@ -85,7 +103,7 @@ def lift(gm: fx.GraphModule, example_inputs: Sequence[Any], model: nn.Module | N
         node.meta.pop("grapharg", None)  # it holds the tensor
         if node.op == "placeholder" and node.name in static and last is not None:
             position, source, tensor = static[node.name]
-            name = _free(names.tensor(source, tensor), inputs)
+            name = _free(_attachable(names.tensor(source, tensor)), inputs)
             inputs[name] = position
             graph.attach(twin, name, tensor)
             with twin.graph.inserting_after(last):

@@ -48,6 +48,7 @@ LAYERS = [
         "layer_inputs",
         "rewrite",
         "dynamo_graph",
+        "dynamo_frames",
         "aliasing",
     },
     {"merging", "draw_facts", "biases", "capture_record", "json_values", "allowed_calls"},
