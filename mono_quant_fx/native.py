@@ -144,6 +144,7 @@ class Linear:
         stored: weight_packed [N, ceil(K/8)] (INT8: [N, K]), weight_scale, weight_zero_point: checked, and such that
             takes() holds.
         columns: K.
+        group_size: -1, or a positive multiple of 8, however large.
     """
 
     __slots__ = ("_columns", "_entry", "_outputs", "_weight")
@@ -163,7 +164,8 @@ class Linear:
             packed.data_ptr(), scale.data_ptr(),
             0 if zero_point is None else zero_point.data_ptr(),
             0 if bias is None else bias.data_ptr(),
-            columns, self._outputs, group_size, TYPES[scale.dtype], 0 if bias is None else TYPES[bias.dtype],
+            columns, self._outputs, _group(group_size, columns), TYPES[scale.dtype],
+            0 if bias is None else TYPES[bias.dtype],
         )  # fmt: skip
 
     def __call__(self, x: Tensor, out: Tensor, few: bool = False) -> None:
@@ -202,11 +204,16 @@ def dequantize(
     arguments = _DEQUANTIZE.pack(
         codes.data_ptr() + first * codes.stride(0) * codes.element_size(),
         scale.data_ptr() + first * groups * scale.element_size(),
-        zero, out.data_ptr(), out.shape[1], rows, group_size, out.stride(0),
+        zero, out.data_ptr(), out.shape[1], rows, _group(group_size, out.shape[1]), out.stride(0),
         TYPES[scale.dtype], TYPES[out.dtype], torch.get_num_threads(),
     )  # fmt: skip
     if _entry(f"mq_dequantize_int{bits}")(arguments):
         _no_memory()
+
+
+def _group(group_size: int, columns: int) -> int:
+    """One group a row is -1 to the library, which counts in 64 bits."""
+    return group_size if group_size < columns else -1
 
 
 @functools.cache

@@ -210,7 +210,7 @@ def dequantize_weight(stored: QuantizedWeight, group_size: int, columns: int) ->
     if packed.dtype == torch.int8:
         return dequantize(packed, scale, zero_point, -1)
     full = scale.new_empty(packed.shape[0], packed.shape[1] * 8)
-    step = max(1, TILE // full.shape[1])
+    step = max(1, TILE // max(1, full.shape[1]))
     for start in range(0, packed.shape[0], step):
         rows = slice(start, start + step)
         zero = None if zero_point is None else zero_point[rows]
@@ -234,8 +234,8 @@ def round_activations(x: Tensor, group_size: int) -> Tensor:
     tensor([[ 1.0000, -0.5039,  0.1024,  0.0000]])
     """
     columns = x.shape[-1]
-    size = columns if group_size == -1 else group_size
-    groups = F.pad(x.float(), (0, -columns % max(1, size))).unflatten(-1, (-1, max(1, size)))
+    size = max(1, columns if group_size == -1 else min(columns, group_size))
+    groups = F.pad(x.float(), (0, -columns % size)).unflatten(-1, (-1, size))
     most = groups.abs().amax(-1, keepdim=True)
     inverse = torch.where(most < SMALLEST, 0.0, torch.div(torch.full_like(most, 127.0), most))
     return ((groups * inverse).round_() * (most / 127.0)).flatten(-2)[..., :columns]
@@ -244,7 +244,7 @@ def round_activations(x: Tensor, group_size: int) -> Tensor:
 def grouped(x: Tensor, group_size: int) -> Iterator[tuple[Tensor, slice]]:
     """Views of [N, K] as [N, whole groups, group_size], then the ragged rest as [N, 1, rest]; with places in G."""
     columns = x.shape[1]
-    size = columns if group_size == -1 else group_size
+    size = max(1, columns) if group_size == -1 else group_size
     whole = columns // size
     if whole:
         yield x[:, : whole * size].unflatten(1, (whole, size)), slice(0, whole)
@@ -254,6 +254,6 @@ def grouped(x: Tensor, group_size: int) -> Iterator[tuple[Tensor, slice]]:
 
 def _scale_groups(weight: Tensor, scale: Tensor, zero_point: Tensor | None, group_size: int, offset: int) -> Tensor:
     for w, at in grouped(weight, group_size):
-        w -= offset if zero_point is None else (zero_point[:, at, None] + offset)
+        w -= offset if zero_point is None else zero_point[:, at, None].to(w.dtype) + offset  # int8 would wrap
         w *= scale[:, at, None]
     return weight

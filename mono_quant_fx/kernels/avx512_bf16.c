@@ -238,6 +238,18 @@ static int multiply_few(const mq_linear *a, const lanes *l, const __m512i *xs, c
 
 /* ---- many rows of x ---- */
 
+/* Codes less zero points that no code has, -8 .. 7: exact in bf16 as well, but too many for a table. */
+static void spread_far(ivec word, __m512i zero, ivec *to) {
+    const __m512i less = _mm512_add_epi32(zero, _mm512_set1_epi32(8)), low = _mm512_set1_epi32(15);
+    for (int j = 0; j < STEPS; j++) {
+        const __m512i even = _mm512_and_si512(_mm512_srli_epi32(word, 4 * j), low);
+        const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(word, 4 * j + 16), low);
+        const __m512i first = (__m512i)_mm512_cvtepi32_ps(_mm512_sub_epi32(even, less));
+        const __m512i second = (__m512i)_mm512_cvtepi32_ps(_mm512_sub_epi32(odd, less));
+        to[2 * j] = _mm512_or_si512(_mm512_srli_epi32(first, 16), second);
+    }
+}
+
 /* Codes are exact in bf16, with and without their zero point, so that scales meet sums in fp32. */
 INLINE void spread(ivec word, const float *zero, ivec *to) {
     if (!zero) {
@@ -249,7 +261,11 @@ INLINE void spread(ivec word, const float *zero, ivec *to) {
         0, 0x4170, 0x4160, 0x4150, 0x4140, 0x4130, 0x4120, 0x4110, 0x4100, 0x40e0, 0x40c0, 0x40a0, 0x4080, 0x4040,
         0x4000, 0x3f80, 0, 0xbf80, 0xc000, 0xc040, 0xc080, 0xc0a0, 0xc0c0, 0xc0e0, 0xc100, 0xc110, 0xc120, 0xc130,
         0xc140, 0xc150, 0xc160, 0xc170);
-    const __m512i low = _mm512_sub_epi32(_mm512_set1_epi32(7), _mm512_cvtps_epi32(_mm512_loadu_ps(zero)));
+    const __m512i whole = _mm512_cvtps_epi32(_mm512_loadu_ps(zero)), low = _mm512_sub_epi32(_mm512_set1_epi32(7), whole);
+    if (__builtin_expect(_mm512_cmpgt_epu32_mask(low, _mm512_set1_epi32(15)), 0)) {
+        spread_far(word, whole, to);
+        return;
+    }
     const __m512i both = _mm512_or_si512(low, _mm512_slli_epi32(low, 16));
     UNROLL for (int j = 0; j < STEPS; j++) {
         const __m512i code = _mm512_and_si512(_mm512_srli_epi16(word, 4 * j), _mm512_set1_epi16(15));

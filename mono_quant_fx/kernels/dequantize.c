@@ -13,9 +13,11 @@ INLINE void store8(void *to, int type, int64_t at, __m256 v, int64_t count) {
         _mm256_storeu_ps((float *)p, v);
     } else if (type == MQ_F16) {
         _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
-    } else { /* halves to even; scales are finite, so no NaN comes here */
+    } else { /* halves to even; the sum would carry a NaN's bits over into a number's */
+        const __m256 nan = _mm256_cmp_ps(v, v, _CMP_UNORD_Q);
         __m256i u = _mm256_castps_si256(v), odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
         u = _mm256_srli_epi32(_mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+        u = _mm256_blendv_epi8(u, _mm256_set1_epi32(0x7fc0), _mm256_castps_si256(nan));
         u = _mm256_permute4x64_epi64(_mm256_packus_epi32(u, u), 0x08);
         _mm_storeu_si128((__m128i *)p, _mm256_castsi256_si128(u));
     }

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mono_quant_fx.numerics import code_range
+from mono_quant_fx.ops.operands import FLOATS, check_places
 from mono_quant_fx.ops.registry import register
 
 QMIN, QMAX = code_range(8)
@@ -25,20 +26,22 @@ class Codes(NamedTuple):
     scale: Tensor
     zero_point: Tensor
 
-    def check(self) -> None:
-        """Raises RuntimeError unless shapes and dtypes are as they should be."""
+    def check(self, **others: Tensor | None) -> None:
+        """Raises RuntimeError unless shapes, dtypes and places, that of `others` too, are as they should be."""
+        check_places(x=self.codes, input_scale=self.scale, input_zero_point=self.zero_point, **others)
         torch._check(self.codes.dtype == torch.int8, lambda: f"x: int8 codes needed, not {self.codes.dtype}")
         check_qparams(self.scale, self.zero_point)
 
     def values(self, dtype: torch.dtype) -> Tensor:
         """scale * (q - zero_point), in `dtype`."""
-        return (self.codes.to(dtype) - self.zero_point.to(dtype)) * self.scale.to(dtype)
+        scale, zero_point = self.scale[0].to(dtype), self.zero_point[0].to(dtype)  # so that codes may be 0-d
+        return (self.codes.to(dtype) - zero_point) * scale
 
 
 def check_qparams(scale: Tensor, zero_point: Tensor) -> None:
     """Raises RuntimeError unless scale is float [1] and zero_point int8 [1]."""
     torch._check(
-        tuple(scale.shape) == (1,) and scale.is_floating_point(),
+        tuple(scale.shape) == (1,) and scale.dtype in FLOATS,
         lambda: f"input_scale: a float tensor of shape (1,) needed, not {tuple(scale.shape)} of {scale.dtype}",
     )
     torch._check(
@@ -49,8 +52,8 @@ def check_qparams(scale: Tensor, zero_point: Tensor) -> None:
 
 def _quantize(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     _check_float(x, scale, zero_point)
-    codes = x.float() / scale.float()  # float32: a half type has too few bits for a code of 8
-    return codes.round_().add_(zero_point).clamp_(QMIN, QMAX).to(torch.int8)
+    codes = x.float() / scale[0].float()  # float32: a half type has too few bits for a code of 8
+    return codes.round_().add_(zero_point[0]).clamp_(QMIN, QMAX).to(torch.int8)
 
 
 def _quantize_fake(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
@@ -59,7 +62,8 @@ def _quantize_fake(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
 
 
 def _check_float(x: Tensor, scale: Tensor, zero_point: Tensor) -> None:
-    torch._check(x.is_floating_point(), lambda: f"x: a float tensor needed, not {x.dtype}")
+    check_places(x=x, input_scale=scale, input_zero_point=zero_point)
+    torch._check(x.dtype in FLOATS, lambda: f"x: a float tensor needed, not {x.dtype}")
     check_qparams(scale, zero_point)
 
 

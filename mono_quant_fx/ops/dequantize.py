@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 
 from mono_quant_fx import native, numerics
+from mono_quant_fx.ops.operands import check_places, check_qparams
 from mono_quant_fx.ops.registry import register
 
 
 def check_int4(packed: Tensor, scale: Tensor, zero_point: Tensor | None, group_size: int, columns: int) -> None:
     """Raises RuntimeError unless the tensors are one stored INT4 matrix [N, columns] (see DESIGN of the storage)."""
+    check_places(weight_packed=packed, weight_scale=scale, weight_zero_point=zero_point)
     torch._check(
         packed.dtype == torch.int32 and packed.dim() == 2,
         lambda: "weight_packed: int32 [N, ceil(K/8)] needed",
@@ -19,32 +21,21 @@ def check_int4(packed: Tensor, scale: Tensor, zero_point: Tensor | None, group_s
         group_size == -1 or (group_size > 0 and group_size % 8 == 0),
         lambda: f"group_size={group_size}: a positive multiple of 8, or -1, needed",
     )
+    torch._check(columns >= 0, lambda: f"in_features={columns}: 0 or more columns needed")
     torch._check(
         packed.shape[1] == (columns + 7) // 8,
         lambda: f"weight_packed has {packed.shape[1]} words a row, but {columns} columns need {(columns + 7) // 8}",
     )
     shape = (packed.shape[0], numerics.num_groups(columns, group_size))
-    torch._check(
-        tuple(scale.shape) == shape,
-        lambda: f"weight_scale is {tuple(scale.shape)}; group_size={group_size} needs {shape}",
-    )
-    torch._check(
-        zero_point is None or tuple(zero_point.shape) == shape,
-        lambda: f"weight_zero_point is not of shape {shape}",
-    )
+    check_qparams(scale, zero_point, shape, f"group_size={group_size} needs {shape}")
 
 
 def check_int8(weight: Tensor, scale: Tensor, zero_point: Tensor | None) -> None:
     """Raises RuntimeError unless weight is int8 [N, K], and scale and zero_point are [N, 1]."""
+    check_places(weight=weight, weight_scale=scale, weight_zero_point=zero_point)
     torch._check(weight.dtype == torch.int8 and weight.dim() == 2, lambda: "weight: int8 [N, K] needed")
-    torch._check(
-        tuple(scale.shape) == (weight.shape[0], 1),
-        lambda: f"weight_scale is {tuple(scale.shape)}; {(weight.shape[0], 1)} needed",
-    )
-    torch._check(
-        zero_point is None or tuple(zero_point.shape) == (weight.shape[0], 1),
-        lambda: f"weight_zero_point is not of shape {(weight.shape[0], 1)}",
-    )
+    shape = (weight.shape[0], 1)
+    check_qparams(scale, zero_point, shape, f"{shape} needed")
 
 
 def _int4(packed: Tensor, scale: Tensor, zero_point: Tensor | None, group_size: int, in_features: int) -> Tensor:
@@ -61,7 +52,7 @@ def _int4_cpu(packed: Tensor, scale: Tensor, zero_point: Tensor | None, group_si
 
 def _by_kernel(bits: int, stored: numerics.QuantizedWeight, group_size: int, columns: int) -> Tensor:
     """The kernel's bits are the reference's."""
-    if native.path() == "torch" or not native.takes(stored):
+    if native.path() == "torch" or not native.takes(stored) or stored.weight_packed.numel() == 0:
         return numerics.dequantize_weight(stored, group_size, columns)
     out = stored.weight_scale.new_empty(stored.weight_packed.shape[0], columns)
     native.dequantize(bits, stored, group_size, out)

@@ -13,21 +13,18 @@ import torch
 from torch import Tensor
 
 from mono_quant_fx import numerics
-from mono_quant_fx.config import COMPUTE
 from mono_quant_fx.ops import ways
 from mono_quant_fx.ops.dequantize import check_int4, check_int8, dequantize_int4, dequantize_int8
+from mono_quant_fx.ops.operands import FLOATS, check_bias, check_compute, check_places
 from mono_quant_fx.ops.registry import register
 
 
 def _check_input(x: Tensor, rows: int, bias: Tensor | None) -> None:
     torch._check(
-        x.dim() >= 1 and x.is_floating_point(),
+        x.dim() >= 1 and x.dtype in FLOATS,
         lambda: f"x: a float tensor [..., K] needed, not {tuple(x.shape)} of {x.dtype}",
     )
-    torch._check(
-        bias is None or tuple(bias.shape) == (rows,),
-        lambda: f"bias: one value an output channel ({rows}) needed",
-    )
+    check_bias(bias, rows)
 
 
 class _Int4(NamedTuple):
@@ -43,14 +40,16 @@ class _Int4(NamedTuple):
 
     def check(self) -> None:
         """Raises RuntimeError unless they belong together."""
+        check_places(x=self.x, weight_packed=self.packed, weight_scale=self.scale, bias=self.bias)
+        torch._check(self.packed.dim() == 2, lambda: "weight_packed: int32 [N, ceil(K/8)] needed")
         _check_input(self.x, self.packed.shape[0], self.bias)
         check_int4(self.packed, self.scale, self.zero_point, self.group_size, self.x.shape[-1])
-        torch._check(self.compute in COMPUTE, lambda: f"compute={self.compute!r}: one of {', '.join(COMPUTE)} needed")
+        check_compute(self.compute)
 
 
 def _tiled_linear(x: Tensor, rows: int, bias: Tensor | None, tile: Callable[[slice], Tensor]) -> Tensor:
     bias = None if bias is None else bias.to(x.dtype)
-    flat = x.reshape(-1, x.shape[-1])
+    flat = x.reshape(x.shape[:-1].numel(), x.shape[-1])  # -1 would be any number where there is no column
     out = flat.new_empty(flat.shape[0], rows)
     step = max(1, numerics.TILE // max(1, x.shape[-1]))
     for start in range(0, rows, step):
@@ -97,8 +96,9 @@ def _int4_fake(*arguments: Any) -> Tensor:
 
 
 def _check_int8(x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None) -> None:
-    _check_input(x, weight.shape[0], bias)
+    check_places(x=x, weight=weight, weight_scale=scale, bias=bias)
     check_int8(weight, scale, zero_point)
+    _check_input(x, weight.shape[0], bias)
     torch._check(x.shape[-1] == weight.shape[1], lambda: f"x has {x.shape[-1]} columns, weight {weight.shape[1]}")
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,25 +17,18 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from mono_quant_fx.numerics import QuantizedWeight
 from mono_quant_fx.ops.activation import Codes
+from mono_quant_fx.ops.window import Window
 
 _PACKED: Any = WeakTensorKeyDictionary()
 #: The dtypes that the kernels write; float16 goes through float32.
 _WRITTEN = {torch.float32: torch.float32, torch.bfloat16: torch.bfloat16, torch.float16: torch.float32}
 
 
-class Window(NamedTuple):
-    """The geometry of a convolution; one number a dimension, and the groups."""
-
-    size: list[int]
-    stride: list[int]
-    padding: list[int]
-    dilation: list[int]
-    groups: int
-
-
 def can_run(x: Codes, weight: QuantizedWeight) -> bool:
     """Whether the kernels take this; if not, the reference runs, and on a CPU says so once a reason."""
-    if x.codes.device.type != "cpu" or weight.weight_scale.dtype not in _WRITTEN or x.codes.numel() == 0:
+    if x.codes.device.type != "cpu" or weight.weight_scale.dtype not in _WRITTEN:
+        return False
+    if x.codes.numel() == 0 or weight.weight_packed.numel() == 0:
         return False
     why = _missing() or ("the INT8 weights are asymmetric" if weight.weight_zero_point is not None else None)
     if why is not None:
@@ -97,7 +90,7 @@ def _packed(codes: Tensor, use: str, prepack: Callable[[], Tensor]) -> Tensor:
     """The packed weight, made anew when the stored tensor was written into (its version counts the writes)."""
     if codes.is_inference():  # it counts no writes
         return prepack()
-    version = (codes._version, codes.data_ptr())
+    version = (codes._version, codes.data_ptr(), codes.shape)
     kept = _PACKED.setdefault(codes, {})
     if use not in kept or kept[use][0] != version:
         kept[use] = version, prepack()

@@ -19,8 +19,9 @@ from mono_quant_fx.ops import onednn
 from mono_quant_fx.ops.activation import Codes
 from mono_quant_fx.ops.dequantize import check_int4, check_int8
 from mono_quant_fx.ops.linear import int4_linear
-from mono_quant_fx.ops.onednn import Window
+from mono_quant_fx.ops.operands import check_bias, check_compute
 from mono_quant_fx.ops.registry import register
+from mono_quant_fx.ops.window import Window
 
 CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -34,7 +35,7 @@ def reference_linear(x: Codes, weight: QuantizedWeight, bias: Tensor | None) -> 
 def reference_conv(x: Codes, weight: QuantizedWeight, bias: Tensor | None, window: Window) -> Tensor:
     """w8a8_conv by dequantizing both sides: a convolution in float32 (float64 for a float64 model)."""
     values, matrix, bias = _floats(x, weight, bias)
-    kernels = matrix.view(len(matrix), -1, *window.size)
+    kernels = matrix.view(len(matrix), x.codes.shape[1] // window.groups, *window.size)
     out = CONVS[len(window.size)](values, kernels, bias, window.stride, window.padding, window.dilation, window.groups)
     return out.to(weight.weight_scale.dtype)
 
@@ -51,7 +52,8 @@ def _linear(*arguments: Any) -> Tensor:
     _check_linear(x, weight, bias)
     if not onednn.can_run(x, weight):
         return reference_linear(x, weight, bias)
-    rows = onednn.linear(x._replace(codes=x.codes.reshape(-1, x.codes.shape[-1])), weight, bias)
+    codes = x.codes.reshape(-1, x.codes.shape[-1])
+    rows = onednn.linear(x._replace(codes=codes), weight, bias)
     return rows.view(*x.codes.shape[:-1], rows.shape[1])
 
 
@@ -63,7 +65,7 @@ def _linear_fake(*arguments: Any) -> Tensor:
 
 def _int4_linear(*arguments: Any) -> Tensor:
     x, weight, bias = _operands(arguments)
-    _check_int4_linear(x, weight, bias, arguments[7])
+    _check_int4_linear(x, weight, bias, *arguments[7:])
     scale = weight.weight_scale
     # whole numbers up to 255 are exact in bfloat16 as well, so that the scale of x comes last
     dtype = torch.promote_types(scale.dtype, torch.float32)
@@ -76,7 +78,7 @@ def _int4_linear(*arguments: Any) -> Tensor:
 
 def _int4_linear_fake(*arguments: Any) -> Tensor:
     x, weight, bias = _operands(arguments)
-    _check_int4_linear(x, weight, bias, arguments[7])
+    _check_int4_linear(x, weight, bias, *arguments[7:])
     return weight.weight_scale.new_empty(*x.codes.shape[:-1], weight.weight_packed.shape[0])
 
 
@@ -84,6 +86,8 @@ def _conv(*arguments: Any) -> Tensor:
     x, weight, bias = _operands(arguments)
     window = Window(*arguments[7:])
     _check_conv(x, weight, bias, window)
+    if x.codes.numel() == 0 or weight.weight_packed.numel() == 0:
+        return _conv_of_nothing(x, weight, bias, window)
     is_batch = x.codes.dim() == len(window.size) + 2
     batch = x if is_batch else x._replace(codes=x.codes[None])
     convolve = onednn.conv if onednn.can_run(batch, weight) else reference_conv
@@ -91,14 +95,22 @@ def _conv(*arguments: Any) -> Tensor:
     return out if is_batch else out[0]
 
 
+def _conv_of_nothing(x: Codes, weight: QuantizedWeight, bias: Tensor | None, window: Window) -> Tensor:
+    """No sample, no channel or a size of 0 inside its padding: each result is the bias."""
+    out = _conv_out(x, weight, window).zero_()
+    return out if bias is None else out.add_(bias.to(out.dtype).view(-1, *[1] * len(window.size)))
+
+
 def _conv_fake(*arguments: Any) -> Tensor:
     x, weight, bias = _operands(arguments)
     window = Window(*arguments[7:])
     _check_conv(x, weight, bias, window)
-    dims = len(window.size)
-    places = zip(x.codes.shape[-dims:], window.size, window.stride, window.padding, window.dilation, strict=True)
-    size = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in places]
-    return weight.weight_scale.new_empty(*x.codes.shape[: -dims - 1], weight.weight_packed.shape[0], *size)
+    return _conv_out(x, weight, window)
+
+
+def _conv_out(x: Codes, weight: QuantizedWeight, window: Window) -> Tensor:
+    before, sizes = x.codes.shape[: -len(window.size) - 1], window.out_sizes(x.codes.shape)
+    return weight.weight_scale.new_empty(*before, weight.weight_packed.shape[0], *sizes)
 
 
 def _operands(arguments: tuple[Any, ...]) -> tuple[Codes, QuantizedWeight, Tensor | None]:
@@ -107,9 +119,9 @@ def _operands(arguments: tuple[Any, ...]) -> tuple[Codes, QuantizedWeight, Tenso
 
 
 def _check_linear(x: Codes, weight: QuantizedWeight, bias: Tensor | None) -> None:
-    x.check()
+    x.check(weight=weight.weight_packed, bias=bias)
     check_int8(*weight)
-    _check_bias(bias, weight.weight_packed.shape[0])
+    check_bias(bias, weight.weight_packed.shape[0])
     columns = weight.weight_packed.shape[1]
     torch._check(
         x.codes.dim() >= 1 and x.codes.shape[-1] == columns,
@@ -117,34 +129,22 @@ def _check_linear(x: Codes, weight: QuantizedWeight, bias: Tensor | None) -> Non
     )
 
 
-def _check_int4_linear(x: Codes, weight: QuantizedWeight, bias: Tensor | None, group_size: int) -> None:
-    x.check()
-    _check_bias(bias, weight.weight_packed.shape[0])
+def _check_int4_linear(
+    x: Codes, weight: QuantizedWeight, bias: Tensor | None, group_size: int, compute: str = "auto"
+) -> None:
+    x.check(weight_packed=weight.weight_packed, bias=bias)
+    torch._check(x.codes.dim() >= 1, lambda: f"x is {tuple(x.codes.shape)}; [..., K] needed")
     check_int4(*weight, group_size, x.codes.shape[-1])
+    check_bias(bias, weight.weight_packed.shape[0])
+    check_compute(compute)
 
 
 def _check_conv(x: Codes, weight: QuantizedWeight, bias: Tensor | None, window: Window) -> None:
-    x.check()
+    x.check(weight=weight.weight_packed, bias=bias)
     check_int8(*weight)
-    _check_bias(bias, weight.weight_packed.shape[0])
-    dims = len(window.size)
-    torch._check(
-        dims in CONVS and x.codes.dim() in (dims + 1, dims + 2),
-        lambda: f"x is {tuple(x.codes.shape)}; [batch, channels] and {dims} sizes needed",
-    )
-    columns = x.codes.shape[-dims - 1] // window.groups
-    for k in window.size:
-        columns = columns * k
-    torch._check(
-        columns == weight.weight_packed.shape[1],
-        lambda: f"x is {tuple(x.codes.shape)}, so rows of {columns} are needed, not {weight.weight_packed.shape[1]}",
-    )
-
-
-def _check_bias(bias: Tensor | None, rows: int) -> None:
-    torch._check(
-        bias is None or tuple(bias.shape) == (rows,), lambda: f"bias: one value an output channel ({rows}) needed"
-    )
+    rows, columns = weight.weight_packed.shape
+    check_bias(bias, rows)
+    window.check(x.codes.shape, rows, columns)
 
 
 _INPUT = "Tensor x, Tensor input_scale, Tensor input_zero_point"

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from mono_quant_fx import native, numerics
 from mono_quant_fx.numerics import QuantizedWeight
+from mono_quant_fx.ops.operands import check_places
 
 #: Rows of x up to which the first way is always taken, and from which on it never is.
 ALWAYS_FEW, NEVER_FEW = 4, 33
@@ -84,7 +85,7 @@ class _Plan:
     scale: Tensor
     zero_point: Tensor | None
     bias: Tensor | None
-    memory: tuple[int, ...]
+    memory: tuple[Any, ...]
     x: tuple[torch.dtype, int]
     group_size: int
     compute: str
@@ -106,12 +107,12 @@ class _Plan:
         )
 
 
-def _memory(packed: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None) -> tuple[int, ...]:
-    """Where they lie and how large they are: `tensor.data = ...` changes it."""
-    found: tuple[int, ...] = (packed.data_ptr(), packed.nbytes, scale.data_ptr(), scale.nbytes)
+def _memory(packed: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None) -> tuple[Any, ...]:
+    """Where they lie and what they look like there: `tensor.data = ...` changes it."""
+    found: tuple[Any, ...] = (packed.data_ptr(), packed.shape, scale.data_ptr(), scale.shape, scale.dtype)
     if zero_point is not None:
-        found += (zero_point.data_ptr(), zero_point.nbytes)
-    return found if bias is None else (*found, bias.data_ptr(), bias.nbytes)
+        found += (zero_point.data_ptr(), zero_point.shape)
+    return found if bias is None else (*found, bias.data_ptr(), bias.shape, bias.dtype)
 
 
 def linear(
@@ -137,6 +138,8 @@ def linear(
     outputs = packed.shape[0]
     out = x.new_empty(*x.shape[:-1], outputs)
     if out.numel():
+        if not x.data_ptr():
+            check_places(x=x)  # says what is wrong with it
         if compute == "bfloat16":
             x = x.bfloat16()
         if compute == "int8" and plan.kernel != INT8:
@@ -171,6 +174,8 @@ def _new_plan(
     if kernel is None:
         check()
         kernel = _KERNELS[key] = _kernel(bits, x, weight, bias, compute)
+    named = {"weight" if bits == 8 else "weight_packed": packed, "weight_scale": scale}
+    check_places(**named, weight_zero_point=zero_point, bias=bias)
     at = id(packed)
     gone = weakref.ref(packed, lambda _: _PLANS.pop(at, None))
     memory = _memory(packed, scale, zero_point, bias)
@@ -191,7 +196,7 @@ def _kernel(bits: int, x: Tensor, weight: QuantizedWeight, bias: Tensor | None, 
     if path == "torch":
         native.say_slow()
         return ""
-    if x.dtype not in native.TYPES or not native.takes(weight, bias):
+    if x.dtype not in native.TYPES or x.shape[-1] == 0 or not native.takes(weight, bias):
         return ""
     if compute == "int8" and native.has_int8(path):
         return INT8
