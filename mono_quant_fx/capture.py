@@ -78,7 +78,7 @@ def capture(
             follow_inputs(gm)
         own_state(gm)
         return gm
-    example = None if example_inputs is None else to_batch(example_inputs)
+    example = None if example_inputs is None else to_batch(example_inputs).fresh()
     if example is not None:
         example.check_fits(model)
     gm, notes = attempt(model, example, method, dynamic_shapes)

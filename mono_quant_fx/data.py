@@ -95,18 +95,26 @@ class Batch:
 
     def samples(self) -> int:
         """The size of dim 0 of the first tensor (1 if there is none with dimensions)."""
-        return next((t.shape[0] for t in self._tensors() if t.dim()), 1)
+        return next((t.shape[0] for t in self.tensors() if t.dim()), 1)
 
     def first(self, count: int) -> Batch:
         """The first `count` samples: every tensor whose dim 0 is the sample count is cut."""
         total = self.samples()
-        return self._map(lambda t: t[:count] if t.dim() and t.shape[0] == total else t)
+        return self.map_tensors(lambda t: t[:count] if t.dim() and t.shape[0] == total else t)
+
+    def fresh(self) -> Batch:
+        """The same values in tensors of their own: contiguous, views of nothing, no two in one memory.
+
+        What an export is given leaves traces in it otherwise: it reads the base of a view, and takes a tensor that is
+        given for two inputs for one.
+        """
+        return self.map_tensors(_own)
 
     def doubled(self) -> Batch | None:
         """A batch of one sample repeated to two, since torch.export freezes a size of one; None when it has more."""
-        if self.samples() != 1 or not any(t.dim() for t in self._tensors()):
+        if self.samples() != 1 or not any(t.dim() for t in self.tensors()):
             return None
-        return self._map(lambda t: torch.cat([t, t]) if t.dim() and t.shape[0] == 1 else t)
+        return self.map_tensors(lambda t: torch.cat([t, t]) if t.dim() and t.shape[0] == 1 else t)
 
     def dynamic_shapes(self, model: nn.Module) -> dict[str, Any]:
         """Every dimension of every tensor as torch.export's Dim.AUTO."""
@@ -116,15 +124,24 @@ class Batch:
             lambda v: dict.fromkeys(range(v.dim()), auto) if isinstance(v, Tensor) else None, dict(bound)
         )
 
-    def _tensors(self) -> list[Tensor]:
+    def tensors(self) -> list[Tensor]:
+        """The tensors among the arguments, in order, in containers as well."""
         return [v for v in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(v, Tensor)]
 
-    def _map(self, f: Callable[[Tensor], Tensor]) -> Batch:
+    def map_tensors(self, f: Callable[[Tensor], Tensor]) -> Batch:
+        """The same batch with f(t) in the place of each tensor t."""
         args, kwargs = pytree.tree_map_only(Tensor, f, (self.args, self.kwargs))
         return Batch(args, kwargs, self.number)
 
     def __str__(self) -> str:
         return "(" + ", ".join([*map(_show, self.args), *(f"{k}={_show(v)}" for k, v in self.kwargs.items())]) + ")"
+
+
+def _own(tensor: Tensor) -> Tensor:
+    if tensor.layout is not torch.strided or type(tensor) not in (Tensor, nn.Parameter):
+        return tensor
+    plain = tensor.detach().resolve_conj().resolve_neg()
+    return plain.clone(memory_format=torch.contiguous_format).requires_grad_(tensor.requires_grad)
 
 
 _REMEDY = (
