@@ -30,6 +30,7 @@ from mono_quant_fx.passes import (
 from mono_quant_fx.result import QuantizationInfo, QuantizationResult
 from mono_quant_fx.table import AccuracyTable
 from mono_quant_fx.validation import check_accuracy_warnings
+from mono_quant_fx.values import require_inputs, require_values
 
 T = TypeVar("T")
 
@@ -94,7 +95,8 @@ def quantize(
 
     Raises:
         ConfigError, PatternError: a bad setting. CaptureError: no graph. CalibrationError: data that does not fit.
-        WeightError: NaN or infinity in a weight. NothingQuantizedError: every weight would be skipped.
+        WeightError: NaN or infinity in a weight, or a tensor without values.
+        NothingQuantizedError: every weight would be skipped.
         AccuracyError: accuracy_warning="error" and a critical finding; carries the result.
 
     >>> model = nn.Sequential(nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, 10)).eval()
@@ -103,12 +105,14 @@ def quantize(
     [('0', 'int4 g64 sym'), ('2', 'int4 g64 sym')]
     """
     config = QuantConfig.build(config, config_fields)
+    require_values(model)
     clock = _Clock()
     batches, samples = None, 0
     if calibration_data is not None:
         batches, samples = collect(calibration_data, config.num_calibration_samples, prepare_batch)
     if example_inputs is None and batches:
         example_inputs = batches[0]
+    require_inputs(example_inputs, batches or ())
     said, gm = _listening(lambda: clock.time("capture", lambda: capture(model, example_inputs)))
     out = default_pipeline(config, batches, clock.lap)(gm).graph_module
     table = clock.time("accuracy", lambda: _measure(gm, out, batches, config))

@@ -38,6 +38,7 @@ LAYERS = [
     {"codes", "provenance"},
     {
         "rules",
+        "values",
         "tracer",
         "capture_errors",
         "run",

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mono_quant_fx as mq
 from mono_quant_fx import native, numerics, ops
@@ -253,6 +254,47 @@ def test_a_graph_that_was_moved_in_part_is_refused():
     gm.get_submodule("2").bias = torch.nn.Parameter(torch.empty(8, device="meta"))
     with pytest.raises(RuntimeError, match="bias is on meta, but x on cpu"):
         gm(torch.randn(2, 64))
+
+
+class Table(torch.nn.Module):
+    """A parameter, a bias, a buffer, and a tensor that is neither."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.norm = torch.nn.Linear(64, 64), torch.nn.BatchNorm1d(64)
+
+    def forward(self, x, scale=None):
+        x = self.norm(self.linear(x))
+        return x if scale is None else x * scale["by"]
+
+
+@pytest.mark.parametrize("path", ["linear.weight", "linear.bias", "norm.running_mean", "norm.weight"])
+@pytest.mark.parametrize("how", ["meta", "fake", "emptied"])
+@pytest.mark.parametrize("with_data", [False, True])
+def test_quantize_names_every_tensor_without_values(path, how, with_data):
+    """A bias on meta went through, and the result then returned uninitialized memory."""
+    model, x = Table().eval(), torch.randn(8, 64)
+    owner, _, leaf = path.rpartition(".")
+    tensor = getattr(model.get_submodule(owner), leaf)
+    if how == "emptied":
+        tensor.untyped_storage().resize_(0)
+    else:
+        empty = tensor.detach().to("meta") if how == "meta" else FakeTensorMode().from_tensor(tensor.detach())
+        is_buffer = leaf == "running_mean"
+        setattr(model.get_submodule(owner), leaf, empty if is_buffer else torch.nn.Parameter(empty))
+    with pytest.raises(mq.WeightError, match=rf"'{path}' \((on the meta|a fake|in a storage).*load them first"):
+        mq.quantize(model, x, group_size=32, calibration_data=[x] if with_data else None)
+
+
+def test_quantize_names_an_input_without_values():
+    model, x = Table().eval(), torch.randn(8, 64)
+    hollow = {"x": x, "scale": {"by": x.to("meta")}}
+    with pytest.raises(mq.CalibrationError, match=r"example_inputs\['scale'\]\['by'\] is on the meta device"):
+        mq.quantize(model, hollow, group_size=32)
+    with pytest.raises(
+        mq.CalibrationError, match=r"batch 1.*\['scale'\]\['by'\] is on the meta device, without values"
+    ):
+        mq.quantize(model, group_size=32, calibration_data=[{"x": x, "scale": {"by": x}}, hollow])
 
 
 def test_the_way_is_measured_for_shapes_that_have_rows(use):
