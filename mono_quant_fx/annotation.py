@@ -12,10 +12,12 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
+from mono_quant_fx.arguments import Arg, argument
 from mono_quant_fx.config import QuantScheme
 from mono_quant_fx.graph import get_attribute
 from mono_quant_fx.numerics import QuantizedWeight
 from mono_quant_fx.weight_ops import Weight
+from mono_quant_fx.weight_table import consumption
 
 KEY = "mono_quant_fx"
 
@@ -46,7 +48,7 @@ class ObservedInput:
         source: the node observed.
         observer, reason: which observer, and why if it chose itself.
         statistics: as plain numbers.
-        scale, zero_point: None while the activation stays float.
+        scale, zero_point: None where the activation stays float.
     """
 
     source: str
@@ -141,15 +143,38 @@ def annotated(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, QuantAnnotation]]:
             yield node, annotation
 
 
-def plain_inputs(annotation: QuantAnnotation, nodes: dict[str, fx.Node]) -> Iterator[tuple[fx.Node, fx.Node]]:
-    """(activation, op) for each op that reads its activation as it is: neither observed nor quantized on the way.
+def plain_inputs(
+    weight: fx.Node, annotation: QuantAnnotation, nodes: dict[str, fx.Node]
+) -> Iterator[tuple[fx.Node, fx.Node, Arg]]:
+    """(activation, op, where) for each op that reads its activation as it is: neither observed nor quantized.
 
-    `nodes` are the graph's by name. An embedding has none: its input is no activation.
+    `where` is the argument that the weight's rows multiply; the op may read the same tensor as another one as well, and
+    there it stays what it is. An embedding has none: its input is no activation. Ops that are gone do not count.
+
+    Args:
+        weight: the get_attr node that carries `annotation`.
+        nodes: the graph's, by name.
     """
     for use in annotation.users:
-        source, user = nodes.get(use.input or ""), nodes[use.node]
-        if source is not None and source in user.all_input_nodes and "embedding" not in use.op:
-            yield source, user
+        user = nodes.get(use.node)
+        row = None if user is None else consumption(user, weight)
+        if user is None or row is None or "embedding" in use.op:
+            continue
+        source = argument(user, row.input)
+        if isinstance(source, fx.Node) and source.name == use.input:
+            yield source, user, row.input
+
+
+def float_inputs(
+    weight: fx.Node, annotation: QuantAnnotation, nodes: dict[str, fx.Node]
+) -> Iterator[tuple[fx.Node, fx.Node, Arg]]:
+    """Those of plain_inputs that are to be INT8: `activations` asks for it, and calibration does not speak against it.
+
+    What no calibration data reached has no range, and stays float.
+    """
+    if annotation.activations:
+        unseen = {seen.source for seen in annotation.observed if seen.scale is None}
+        yield from (found for found in plain_inputs(weight, annotation, nodes) if found[0].name not in unseen)
 
 
 def stored_weight(gm: fx.GraphModule, annotation: QuantAnnotation) -> QuantizedWeight:

@@ -241,10 +241,11 @@ class _PutCodes(Pass):
             codes = QuantizedWeight(packed.to(self.device), scale.to(self.device), zero)
             reason = f"from a {self.method} checkpoint"
             annotation = replace(annotation, stored=codes, reason=reason, algorithm=self.method)
-            set_annotation(node, _with_input(annotation, found, nodes, ranges))
+            set_annotation(node, _with_input(node, annotation, found, nodes, ranges))
 
 
 def _with_input(
+    weight: fx.Node,
     annotation: QuantAnnotation,
     found: StoredWeight,
     nodes: dict[str, fx.Node],
@@ -255,7 +256,7 @@ def _with_input(
     Raises:
         CheckpointError: two modules read one tensor with different scales.
     """
-    sources = [source.name for source, _ in plain_inputs(annotation, nodes)] if found.input else []
+    sources = [source.name for source, *_ in plain_inputs(weight, annotation, nodes)] if found.input else []
     seen = []
     for source in dict.fromkeys(sources):
         assert found.input is not None

@@ -43,6 +43,11 @@ class Observer(nn.Module, ABC):
         device = self.count.device if "count" in self._buffers else None
         self.register_buffer("count", torch.zeros((), dtype=torch.int64, device=device))
 
+    @property
+    def has_seen(self) -> bool:
+        """Whether any value was seen."""
+        return bool(self.count.any())
+
     @abstractmethod
     def observe(self, rows: Tensor) -> None:
         """Takes in finite float32 values [C, n]: one row a channel, or a single row for the tensor as a whole."""
@@ -72,7 +77,7 @@ class Observer(nn.Module, ABC):
             ConfigError: nothing was seen yet, or the observer measures no range.
         """
         low, high = self.value_range(bits, symmetric)
-        if not bool(self.count.any()):
+        if not self.has_seen:
             raise ConfigError("calculate_qparams: the observer has seen no data yet; run calibration first")
         qmin, qmax = code_range(bits)
         low, high = low.clamp(max=0.0), high.clamp(min=0.0)
@@ -109,11 +114,11 @@ class Observer(nn.Module, ABC):
             mine, theirs = getattr(self, option), getattr(other, option)
             if mine != theirs:
                 raise ConfigError(f"merge: {option} differs, {mine!r} and {theirs!r}; use the same options")
-        if not bool(other.count.any()):
+        if not other.has_seen:
             return
         if other.count.device != self.count.device:
             other = copy.deepcopy(other).to(self.count.device)
-        if not bool(self.count.any()):
+        if not self.has_seen:
             self._buffers.update(other._buffers)  # shared, which is safe because no one writes into them
             return
         if self.count.shape != other.count.shape:
@@ -132,7 +137,7 @@ class Observer(nn.Module, ABC):
             raise CalibrationError(f"observer of axis {self.axis} saw a tensor of shape {list(x.shape)}")
         else:
             rows = x.float().movedim(self.axis, 0).flatten(1) if x.dim() > 1 else x.float().reshape(-1, 1)
-            if bool(self.count.any()) and len(rows) != self.count.numel():
+            if self.has_seen and len(rows) != self.count.numel():
                 raise CalibrationError(
                     f"observer saw {len(rows)} channels along axis {self.axis}, and {self.count.numel()} before"
                 )

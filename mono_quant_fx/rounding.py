@@ -51,6 +51,7 @@ class Rounded:
         gain_db: how much less output error than plain rounding to the same scheme.
         int8_gain_db: how much less output error INT8 per channel would have had.
         sqnr_db: of the op's output without its bias.
+        reason: why it is rounded to nearest where another algorithm was asked for.
     """
 
     stored: numerics.QuantizedWeight | None
@@ -58,23 +59,28 @@ class Rounded:
     gain_db: float | None = None
     int8_gain_db: float | None = None
     sqnr_db: float | None = None
+    reason: str = ""
 
 
-def round_weight(matrix: Tensor, scheme: QuantScheme, H: Tensor | None, options: RoundingOptions) -> Rounded:
+def round_weight(
+    matrix: Tensor, scheme: QuantScheme, H: Tensor | None, options: RoundingOptions, why: str = ""
+) -> Rounded:
     """Rounds a float matrix [N, K] to `scheme`.
 
     Args:
         H: Hessian [groups, K, K] of its inputs (rows of the matrix belong to the groups in turn); None: no data, and
             then every algorithm is plain rounding. INT8 is rounded plainly as well: there is nothing to win.
+        why: why there is no Hessian.
 
     Raises:
         WeightError: NaN or infinity in the matrix, or no usable Hessian.
     """
     plain = numerics.quantize_matrix(matrix, scheme)
+    is_plain = options.algorithm == "rtn" or scheme.bits == 8
     if H is None or not bool(H.any()):
-        return Rounded(plain, "rtn")
+        return Rounded(plain, "rtn", reason="" if is_plain or not why else f"rtn, not {options.algorithm}: {why}")
     stored, algorithm = plain, "rtn"
-    if options.algorithm != "rtn" and scheme.bits == 4:
+    if not is_plain:
         parts = [_round_group(m, h, scheme, options) for m, h in zip(matrix.chunk(H.shape[0]), H, strict=True)]
         packed, scale, zero_point = zip(*parts, strict=True)
         zero = None if scheme.symmetric else torch.cat(zero_point)

@@ -15,17 +15,22 @@ from torch import Tensor, fx
 
 from mono_quant_fx import graph, ops
 from mono_quant_fx.annotation import QuantAnnotation, pending
+from mono_quant_fx.arguments import argument
 from mono_quant_fx.carry import Carry
 from mono_quant_fx.codes import restore
 from mono_quant_fx.data import Batch
 from mono_quant_fx.errors import CalibrationError
-from mono_quant_fx.layer_inputs import Hessian, layer_inputs
+from mono_quant_fx.layer_inputs import Hessian, layer_inputs, no_matrix
 from mono_quant_fx.observers import Observer
 from mono_quant_fx.rounding import Rounded
 from mono_quant_fx.run import node_error
 from mono_quant_fx.weight_ops import matrix_shape
+from mono_quant_fx.weight_table import consumption
 
-RoundWeight = Callable[[fx.Node, QuantAnnotation, Tensor | None], Rounded]
+#: (get_attr node, annotation, Hessian or None, why there is none) -> the rounded weight.
+RoundWeight = Callable[[fx.Node, QuantAnnotation, Tensor | None, str], Rounded]
+#: Why a weight has no Hessian.
+NO_DATA, ALL_ZERO = "no calibration data reached it", "its inputs are zero in all of the calibration data"
 
 
 class SequentialWalk:
@@ -34,7 +39,7 @@ class SequentialWalk:
     Args:
         gm: the graph; its observers take in what flows by. What an observer hands to ops whose inputs are to be INT8 is
             rounded to INT8 right away, so that all that follows sees it.
-        round_weight: (get_attr node, annotation, Hessian [groups, K, K] or None) -> the rounded weight.
+        round_weight: (get_attr node, annotation, Hessian [groups, K, K] or None, why it is None) -> the rounded weight.
     """
 
     def __init__(self, gm: fx.GraphModule, batches: list[Batch], round_weight: RoundWeight):
@@ -43,6 +48,7 @@ class SequentialWalk:
         self.carry = Carry(gm, batches, self._restored)
         self.rounded: dict[fx.Node, Rounded] = {}
         self.waiting: dict[str, list[tuple[fx.Node, QuantAnnotation]]] = {}
+        self.names = {node.name for node in self.nodes}
         self.annotations = dict(pending(gm))
         for node, annotation in self.annotations.items():
             for user in annotation.users:
@@ -59,60 +65,63 @@ class SequentialWalk:
         for at, node in enumerate(self.nodes[: last + 1]):
             for weight, annotation in self.waiting.get(node.name, ()):
                 if weight not in self.rounded:
-                    self.rounded[weight] = self.round_weight(weight, annotation, self._hessian(at, annotation))
+                    self.rounded[weight] = self.round_weight(weight, annotation, *self._hessian(at, weight, annotation))
             self.carry.step(node)
             if self._is_observer(node):
                 self._quantize_activation(node)
         return self.rounded
 
-    def _hessian(self, at: int, annotation: QuantAnnotation) -> Tensor | None:
-        users = {user.node: user.input for user in annotation.users}
-        total, remaining = Hessian(), set(users)
+    def _hessian(self, at: int, weight: fx.Node, annotation: QuantAnnotation) -> tuple[Tensor | None, str]:
+        """The Hessian over all uses of a weight from here on that have one; where none does, the reason."""
+        users = {user.node for user in annotation.users} & self.names
+        total, remaining, missing = Hessian(), set(users), ""
         ahead = self.carry.fork() if len(users) > 1 else self.carry
         for node in self.nodes[at:]:
             if node.name in users:
                 remaining.discard(node.name)
-                self._observe(node, annotation, self._activation(node, users[node.name], ahead), total)
+                missing = self._observe(node, weight, annotation, ahead, total) or missing
             if not remaining:
                 break
             if self._is_observer(node) and not ahead.constant[node]:
                 ahead.put(node, ahead.values[node.all_input_nodes[0]])
             else:
                 ahead.step(node)
-        return total.value
+        if total.value is None or not total.rows:
+            return None, missing or NO_DATA
+        return (total.value, "") if bool(total.value.any()) else (None, ALL_ZERO)
 
-    def _observe(self, node: fx.Node, annotation: QuantAnnotation, values: list[Tensor], total: Hessian) -> None:
-        for number, value in enumerate(values):
-            if not value.is_floating_point():
-                return
+    def _observe(
+        self, node: fx.Node, weight: fx.Node, annotation: QuantAnnotation, carry: Carry, total: Hessian
+    ) -> str:
+        """Adds what one op multiplies the weight's columns with; returns why it cannot."""
+        row = consumption(node, weight)
+        source = None if row is None else argument(node, row.input)
+        why = no_matrix(node, row, annotation.shape)
+        if why or row is None or not isinstance(source, fx.Node):
+            return why or f"the input of {graph.op_name(node)} is no value of the graph"
+        columns = matrix_shape(annotation.shape, annotation.layout, annotation.groups)[1]
+        for number, value in enumerate(carry.read(source)):
             if not bool(torch.isfinite(value).all()):
                 raise CalibrationError(
                     f"batch {number}: the input of node {node.name!r} (weight {annotation.weight!r}) holds NaN or "
                     "infinity; look at this batch, or at the ops before this node"
                 )
-            columns = matrix_shape(annotation.shape, annotation.layout, annotation.groups)[1]
             try:
-                inputs = layer_inputs(node, value, annotation.shape)
-            except RuntimeError as e:
+                inputs = layer_inputs(node, row, value, annotation.shape)
+            except (RuntimeError, ValueError) as e:
                 raise node_error(node, [value], number, e) from e
-            if inputs is None or inputs.shape[2] != columns:  # the op itself will say what does not fit
-                return
+            if inputs.shape[2] != columns:  # the op itself will say what does not fit
+                return f"{graph.op_name(node)} gets inputs of {inputs.shape[2]} columns, not {columns}"
             total.add(inputs)
-
-    def _activation(self, node: fx.Node, source: str | None, carry: Carry) -> list[Tensor]:
-        for candidate in node.all_input_nodes:
-            origin = candidate.all_input_nodes[0] if self._is_observer(candidate) else candidate
-            if origin.name == source:
-                return carry.read(candidate)
-        return []
+        return ""
 
     def _quantize_activation(self, node: fx.Node) -> None:
         """Rounds what an observer hands on, by the range that it has just seen."""
         source = node.all_input_nodes[0].name
         symmetry = {a.activations for a in self.annotations.values() for u in a.users if u.input == source}
-        if node not in self.carry.values or not any(symmetry):
-            return
         observer = graph.get_attribute(self.gm, str(node.target))
+        if node not in self.carry.values or not any(symmetry) or not observer.has_seen:
+            return
         scale, zero_point = observer.calculate_qparams(8, "int8 sym" in symmetry)
         self.carry.values[node] = [_round_trip(x, scale, zero_point) for x in self.carry.values[node]]
 

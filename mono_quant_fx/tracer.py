@@ -13,7 +13,8 @@ from torch.nn.modules.conv import _ConvTransposeNd
 
 from mono_quant_fx import graph
 from mono_quant_fx.errors import CaptureError
-from mono_quant_fx.weight_ops import WEIGHT_MODULES, is_assertion
+from mono_quant_fx.weight_ops import is_assertion
+from mono_quant_fx.weight_table import WEIGHT_MODULES
 
 
 class TensorProxy(fx.Proxy):
@@ -57,7 +58,7 @@ class TensorProxy(fx.Proxy):
 
 
 class QuantTracer(fx.Tracer):
-    """A tracer that opens the modules of weight_ops.WEIGHT_MODULES and reads every tensor through one get_attr node.
+    """A tracer that opens the modules of weight_table.WEIGHT_MODULES and reads every tensor through one get_attr node.
 
     Args:
         inputs: names of forward's parameters that become placeholders; the others keep their defaults. None: those

@@ -1,114 +1,22 @@
-"""The one table: which call consumes a weight, at which argument, and which of its axes is the output channel.
-
-A weight is a constant of the graph. Where it stands decides how it is viewed as a matrix [N, K]:
-
-    rows             [out, in, ...]          linear, conv, embedding        -> flatten(1)
-    columns          [in, out]               addmm, x @ w                   -> t()
-    transposed_conv  [in, out/groups, ...]   conv_transpose                 -> channel axis to the front, flatten
-
-A constant that is transposed before its use (x @ w.t()) is looked through, and changes between rows and columns.
-"""
+"""Where a graph's weights are, what consumes each of them, and how each is viewed as a matrix (see weight_table.py)."""
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from mono_quant_fx.arguments import argument
 from mono_quant_fx.graph import get_attribute, get_tensor, module_path, module_stack, op_name
+from mono_quant_fx.norm_patterns import is_vector, norm_kind
 from mono_quant_fx.ops.registry import is_ours
+from mono_quant_fx.permutations import Axes, composed, permutation
+from mono_quant_fx.weight_table import GENERAL_CONVS, WeightOp, rows_for, unpermuted
 
 aten = torch.ops.aten
-Arg = tuple[int, str]
-
-
-@dataclass(frozen=True)
-class WeightOp:
-    """One way of consuming a weight; layout None means that the op is known and left alone."""
-
-    layer_type: str
-    weight: Arg = (1, "weight")
-    bias: Arg | None = (2, "bias")
-    input: Arg = (0, "input")
-    layout: str | None = "rows"
-    groups: Arg = (6, "groups")
-
-
-def _table() -> dict[Any, tuple[WeightOp, ...]]:
-    linear = WeightOp("Linear")
-    addmm = WeightOp("Linear", weight=(2, "mat2"), bias=(0, "input"), input=(1, "mat1"), layout="columns")
-    right = WeightOp("Linear", weight=(1, "other"), bias=None, layout="columns")
-    left = WeightOp("Linear", weight=(0, "input"), bias=None, input=(1, "other"), layout="rows")
-    weight_first = partial(WeightOp, weight=(0, "weight"), bias=None, input=(1, "indices"))
-    table: dict[Any, tuple[WeightOp, ...]] = {
-        F.linear: (linear,),
-        aten.linear.default: (linear,),
-        F.bilinear: (WeightOp("Bilinear", weight=(2, "weight"), bias=(3, "bias")),),
-        aten.bilinear.default: (WeightOp("Bilinear", weight=(2, "weight"), bias=(3, "bias")),),
-        torch.addmm: (addmm,),
-        aten.addmm.default: (addmm,),
-        F.embedding: (WeightOp("Embedding", bias=None),),
-        aten.embedding.default: (weight_first("Embedding"),),
-        F.embedding_bag: (WeightOp("EmbeddingBag", bias=None),),
-        aten.embedding_bag.default: (weight_first("EmbeddingBag"),),
-        aten.embedding_bag.padding_idx: (weight_first("EmbeddingBag"),),
-    }
-    for matmul in (
-        torch.matmul,
-        torch.mm,
-        operator.matmul,
-        "matmul",
-        "mm",
-        aten.matmul.default,
-        aten.mm.default,
-    ):
-        table[matmul] = (right, left)
-    for n in (1, 2, 3):
-        conv = WeightOp(f"Conv{n}d")
-        for target in (
-            getattr(F, f"conv{n}d"),
-            getattr(aten, f"conv{n}d").default,
-            getattr(aten, f"conv{n}d").padding,
-        ):
-            table[target] = (conv,)
-        transposed = WeightOp(f"ConvTranspose{n}d", layout="transposed_conv")
-        packet = getattr(aten, f"conv_transpose{n}d")
-        table[getattr(F, f"conv_transpose{n}d")] = (transposed,)
-        table[packet.default if n == 1 else packet.input] = (transposed,)
-    table[aten.convolution.default] = (WeightOp("Conv", groups=(8, "groups")),)
-    norms: list[tuple[str, int, tuple[Any, ...]]] = [
-        ("LayerNorm", 2, (F.layer_norm, aten.layer_norm.default)),
-        ("RMSNorm", 2, (F.rms_norm, aten.rms_norm.default)),
-        ("GroupNorm", 2, (F.group_norm, aten.group_norm.default)),
-        ("BatchNorm2d", 3, (F.batch_norm,)),
-        ("BatchNorm2d", 1, (aten.batch_norm.default,)),
-        ("InstanceNorm2d", 3, (F.instance_norm,)),
-        ("InstanceNorm2d", 1, (aten.instance_norm.default,)),
-    ]
-    for name, at, targets in norms:
-        for target in targets:
-            table[target] = (WeightOp(name, weight=(at, "weight"), bias=(at + 1, "bias"), layout=None),)
-    return table
-
-
-WEIGHT_OPS = _table()
-
-#: Module classes whose forward is one call of the table; symbolic capture looks inside them.
-WEIGHT_MODULES = (
-    nn.Linear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag,
-    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
-)  # fmt: skip
-
-_TRANSPOSES = (
-    torch.t, torch.transpose, torch.permute, "t", "transpose", "permute",
-    aten.t.default, aten.transpose.int, aten.permute.default, aten.numpy_T.default,
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -158,7 +66,7 @@ def find_weights(gm: fx.GraphModule) -> list[Weight]:
         tensor = get_tensor(gm, node)
         if tensor is None or not tensor.is_floating_point() or any(is_ours(u.target) for u in node.users):
             continue
-        uses = tuple(sorted(_uses(node, node, tensor, False), key=lambda use: use.node))
+        uses = tuple(sorted(_uses(node, tensor, tuple(range(tensor.dim()))), key=lambda use: use.node))
         if uses and (isinstance(tensor, nn.Parameter) or any(use.layout for use in uses)):
             weights.append(Weight(node, str(node.target), tensor, uses))
     return weights
@@ -200,70 +108,62 @@ def matrix_shape(shape: tuple[int, ...], layout: str, groups: int) -> tuple[int,
     return rows, numel // rows if rows else 0
 
 
-def peel_transposes(node: fx.Node) -> tuple[fx.Node, bool]:
-    """(source, whether an odd number of 2-D transposes lies between source and node)."""
-    odd = False
-    while is_transpose(node):
-        node, odd = node.all_input_nodes[0], not odd
-    return node, odd
-
-
-def is_transpose(node: fx.Node) -> bool:
-    """Whether a node swaps the two axes of a matrix."""
-    if node.op == "call_function" and node.target is getattr:
-        return node.args[1] in ("T", "mT")
-    if node.op not in ("call_function", "call_method") or node.target not in _TRANSPOSES:
-        return False
-    axes = node.args[1] if len(node.args) == 2 else node.args[1:]
-    return {a % 2 for a in axes if isinstance(a, int)} == {0, 1} if axes else True  # type: ignore[union-attr]
-
-
 def is_assertion(node: fx.Node) -> bool:
     """Whether a node only asserts a tensor's dtype and device, as torch.export notes them: no use of a weight."""
     return node.target is aten._assert_tensor_metadata.default
 
 
-def argument(node: fx.Node, at: Arg) -> Any:
-    """A call's argument by place or keyword."""
-    return node.args[at[0]] if at[0] < len(node.args) else node.kwargs.get(at[1])
-
-
-def _uses(source: fx.Node, node: fx.Node, tensor: Tensor, transposed: bool) -> Iterator[WeightUse]:
+def _uses(node: fx.Node, tensor: Tensor, axes: Axes) -> Iterator[WeightUse]:
+    """The consumers of `node`, which is the weight with its axes in the order `axes`."""
     for user in node.users:
-        if tensor.dim() == 2 and is_transpose(user):
-            yield from _uses(source, user, tensor, not transposed)
+        then = permutation(user, tensor.dim())
+        if then is not None:
+            yield from _uses(user, tensor, composed(axes, then))
         elif user.op != "output" and not is_assertion(user):
-            use = _classify(user, node, tensor, transposed)
+            use = _classify(user, node, tensor, axes)
             if use is not None:
                 yield use
 
 
-def _classify(user: fx.Node, weight: fx.Node, tensor: Tensor, transposed: bool) -> WeightUse | None:
+def _classify(user: fx.Node, weight: fx.Node, tensor: Tensor, axes: Axes) -> WeightUse | None:
     """How `user` consumes `weight`; None when only as a bias."""
-    rules = WEIGHT_OPS.get(user.target, ()) if user.op in ("call_function", "call_method") else ()
-    for op in rules:
-        if argument(user, op.weight) is weight:
-            return _rule(user, op, tensor, transposed)
-    if any(op.bias and argument(user, op.bias) is weight for op in rules) or (rules and rules[0].layout is None):
+    name, rows = op_name(user), rows_for(user)
+    row = next((row for row in rows if argument(user, row.weight) is weight), None)
+    if row is not None:
+        return _rule(user, row, tensor, axes)
+    if any(row.bias and argument(user, row.bias) is weight for row in rows) or (rows and rows[0].layout is None):
         return None
-    return WeightUse(user, op_name(user), None, f"{op_name(user)} is no op that takes a quantized weight")
+    if is_vector(tensor.shape):
+        kind = norm_kind(user, weight)
+        reason = f"{kind} is a normalization" if kind else f"a {tensor.dim()}-D constant in {name} has no rows to group"
+        return WeightUse(user, kind or name, None, reason)
+    return WeightUse(user, name, None, f"{name} is no op that takes a quantized weight")
 
 
-def _rule(user: fx.Node, op: WeightOp, tensor: Tensor, transposed: bool) -> WeightUse:
-    layer_type, layout, groups = op.layer_type, op.layout, 1
-    if user.target is aten.convolution.default:
-        layer_type = f"Conv{'Transpose' if user.args[6] else ''}{tensor.dim() - 2}d"
-        layout = "transposed_conv" if user.args[6] else layout
+def _rule(user: fx.Node, row: WeightOp, tensor: Tensor, axes: Axes) -> WeightUse:
+    layer_type, layout, groups, name = row.layer_type, row.layout, 1, op_name(user)
+    if user.target in GENERAL_CONVS:
+        layer_type = f"Conv{'Transpose' if layout == 'transposed_conv' else ''}{tensor.dim() - 2}d"
     if layout == "transposed_conv":
-        groups = argument(user, op.groups) or 1
-    if transposed and layout is not None:
-        layout = {"rows": "columns", "columns": "rows"}[layout]
-    source = argument(user, op.input)
+        groups = argument(user, row.groups, 1)
+    source = argument(user, row.input)
     use = WeightUse(user, layer_type, layout, "", groups, source if isinstance(source, fx.Node) else None)
     if layout is None:
         return replace(use, reason=f"{layer_type} is a normalization")
     if tensor.dim() < 2 or (layer_type == "Linear" and tensor.dim() != 2):
-        return replace(use, layout=None, reason=f"a {tensor.dim()}-D constant in {op_name(user)} has no rows to group")
+        return replace(use, layout=None, reason=f"a {tensor.dim()}-D constant in {name} has no rows to group")
+    if axes == (1, 0):
+        use = replace(use, layout={"rows": "columns", "columns": "rows"}.get(layout))
+    elif axes != tuple(range(tensor.dim())):
+        return replace(use, layout=None, reason=f"{name} reads it with its axes in the order {list(axes)}")
     if use.input is None:
-        return replace(use, layout=None, reason=f"{op_name(user)} of two constants")
+        return replace(use, layout=None, reason=f"{name} of two constants")
+    if _times_read(user, unpermuted(argument(user, row.weight))) > 1:
+        return replace(use, layout=None, reason=f"{name} reads it as another argument too")
     return use
+
+
+def _times_read(user: fx.Node, weight: fx.Node) -> int:
+    found: list[fx.Node] = []
+    fx.map_arg((user.args, user.kwargs), found.append)
+    return sum(unpermuted(node) is weight for node in found)

@@ -9,7 +9,8 @@ import torch
 from torch import fx
 
 from mono_quant_fx import graph, ops
-from mono_quant_fx.annotation import ObservedInput, QuantAnnotation, pending, plain_inputs
+from mono_quant_fx.annotation import ObservedInput, QuantAnnotation, float_inputs, pending
+from mono_quant_fx.arguments import Arg, set_argument
 from mono_quant_fx.pass_base import Pass
 from mono_quant_fx.rewrite import add_call, add_constant
 
@@ -28,7 +29,7 @@ class ActivationLowering(Pass):
         """Calibration has set the ranges."""
         for _, annotation, inputs in _waiting(gm):
             ranges = {seen.source for seen in annotation.observed if seen.scale is not None}
-            for source, _ in inputs:
+            for source, *_ in inputs:
                 if source.name not in ranges:
                     return f"{source.name}, an input of {annotation.weight!r}, has no range; run calibration first"
         return None
@@ -36,21 +37,21 @@ class ActivationLowering(Pass):
     def rewrite(self, gm: fx.GraphModule) -> None:
         """One pair of nodes a distinct input, before its first reader."""
         order = {node: i for i, node in enumerate(gm.graph.nodes)}
-        readers: dict[fx.Node, list[fx.Node]] = {}
+        readers: dict[fx.Node, list[tuple[fx.Node, Arg]]] = {}
         scales: dict[fx.Node, tuple[ObservedInput, QuantAnnotation, torch.device]] = {}
         for node, annotation, inputs in _waiting(gm):
             weight = graph.get_tensor(gm, node)
             assert weight is not None
             seen = {s.source: s for s in annotation.observed}
-            for source, user in inputs:
-                readers.setdefault(source, []).append(user)
+            for source, user, at in inputs:
+                readers.setdefault(source, []).append((user, at))
                 codes = weight if annotation.stored is None else annotation.stored.weight_packed
                 scales.setdefault(source, (seen[source.name], annotation, codes.device))
         for source, users in readers.items():
-            with gm.graph.inserting_before(min(users, key=order.__getitem__)):
+            with gm.graph.inserting_before(min((user for user, _ in users), key=order.__getitem__)):
                 value = _codes_and_back(gm, source, *scales[source])
-            for user in users:
-                user.replace_input_with(source, value)
+            for user, at in users:
+                set_argument(user, at, value)
 
     def ensures(self, gm: fx.GraphModule) -> str | None:
         """No op reads a float input that is to be INT8."""
@@ -58,10 +59,10 @@ class ActivationLowering(Pass):
         return f"the input of {left[0]!r} is still float" if left else None
 
 
-def _waiting(gm: fx.GraphModule) -> list[tuple[fx.Node, QuantAnnotation, list[tuple[fx.Node, fx.Node]]]]:
-    """The weights whose ops still read float activations that are to be INT8, with these (activation, op) pairs."""
+def _waiting(gm: fx.GraphModule) -> list[tuple[fx.Node, QuantAnnotation, list[tuple[fx.Node, fx.Node, Arg]]]]:
+    """The weights whose ops still read float activations that are to be INT8, with these (see float_inputs)."""
     nodes = {n.name: n for n in gm.graph.nodes}
-    found = ((n, a, list(plain_inputs(a, nodes))) for n, a in pending(gm) if a.activations)
+    found = ((n, a, list(float_inputs(n, a, nodes))) for n, a in pending(gm))
     return [(n, a, inputs) for n, a, inputs in found if inputs]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -14,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from mono_quant_fx import graph, ops
 from mono_quant_fx.annotation import QuantAnnotation, WeightUser, annotated, pending, set_annotation
+from mono_quant_fx.arguments import argument
 from mono_quant_fx.biases import add_bias, bias_at, bias_name
 from mono_quant_fx.carry import Carry
 from mono_quant_fx.codes import codes_of, restore
@@ -21,7 +21,7 @@ from mono_quant_fx.data import Batch, Prepare, collect
 from mono_quant_fx.errors import CalibrationError
 from mono_quant_fx.pass_base import Pass
 from mono_quant_fx.run import Progress
-from mono_quant_fx.weight_ops import argument, is_assertion, matrix_shape
+from mono_quant_fx.weight_ops import is_assertion, matrix_shape
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,12 @@ class BiasCorrection(Pass):
         twin = graph.isolate(gm)
         assert isinstance(twin, fx.GraphModule)
         obstacles = _obstacles(twin, waiting)
-        places = {name for name, obstacle in obstacles.items() if not obstacle}
+        places = {
+            use.node: _channel_axis(annotation, use)
+            for _, annotation in waiting
+            for use in annotation.users
+            if obstacles.get(use.node) == ""
+        }
         with Progress("correcting biases", len(places), "ops", is_shown=samples > 50) as progress:
             found = _Walk(twin, batches, places, progress).run()
         nodes = {n.name: n for n in gm.graph.nodes}
@@ -68,7 +73,8 @@ class BiasCorrection(Pass):
             uses = [use for use in annotation.users if use.node in found]
             for use in uses:
                 _fold(gm, nodes[use.node], node, annotation, use, found[use.node].shift)
-            left = [obstacle for use in annotation.users if (obstacle := obstacles.get(use.node))]
+            empty = [NO_DATA for use in annotation.users if use.node in places and use.node not in found]
+            left = [obstacle for use in annotation.users if (obstacle := obstacles.get(use.node))] or empty
             why = f"bias not corrected: {left[0]}" if left else ""
             reason = "; ".join(filter(None, (annotation.reason, why)))
             gain = max((found[use.node].gain_db for use in uses), default=0.0)
@@ -84,9 +90,9 @@ class _Found:
 
 
 class _Walk:
-    """Both graphs, all batches, in execution order."""
+    """Both graphs, all batches, in execution order; `places`: ops that take a correction, and their channel axes."""
 
-    def __init__(self, gm: fx.GraphModule, batches: list[Batch], places: set[str], progress: Progress):
+    def __init__(self, gm: fx.GraphModule, batches: list[Batch], places: dict[str, int], progress: Progress):
         self.gm, self.places, self.progress = gm, places, progress
         self.annotations = dict(pending(gm))
         self.exact = Carry(gm, batches, self._unrounded)
@@ -111,20 +117,24 @@ class _Walk:
     def _correct(self, node: fx.Node) -> None:
         if node not in self.exact.values:  # nothing reads it
             return
+        axis = self.places[node.name]
         pairs = zip(self.exact.values[node], self.quantized.values[node], strict=True)
         shift, energy, count = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64), 0
         for number, (exact, rounded) in enumerate(pairs):
-            error = (_wide(exact) - _wide(rounded)).movedim(_channel_axis(node, exact), 0).flatten(1)
+            error = (_wide(exact) - _wide(rounded)).movedim(axis, 0)
+            error = error.reshape(len(error), -1)
             if not bool(torch.isfinite(error).all()):
                 raise CalibrationError(
                     f"batch {number}: the output of node {node.name!r} holds NaN or infinity; look at this batch, or "
                     "at the ops before this node"
                 )
             shift, count = shift + error.sum(1, dtype=torch.float64), count + error.shape[1]
-            energy = energy + error.square().sum(dtype=torch.float64)
-        shift = shift / max(count, 1)
+            energy = energy + torch.linalg.vector_norm(error, dtype=torch.float64).square()
+        if not count:  # nothing reached it
+            return
+        shift = shift / count
         self.found[node.name] = _Found(shift, _gain_db(float(energy), float(count * shift.square().sum())))
-        self.quantized.values[node] = [_shifted(y, _channel_axis(node, y), shift) for y in self.quantized.values[node]]
+        self.quantized.values[node] = [_shifted(y, axis, shift) for y in self.quantized.values[node]]
 
     def _rounded(self, node: fx.Node) -> Tensor | None:
         annotation, weight = self.annotations.get(node), graph.get_tensor(self.gm, node)
@@ -140,6 +150,7 @@ class _Walk:
         return value
 
 
+NO_DATA = "no calibration data reached it"
 _ROUND_TRIP = (ops.quantize_activation, ops.dequantize_activation)
 
 
@@ -156,7 +167,7 @@ def _obstacles(gm: fx.GraphModule, waiting: list[tuple[fx.Node, QuantAnnotation]
     nodes, constant = {n.name: n for n in gm.graph.nodes}, graph.constant_nodes(gm)
     found = {}
     for _, annotation in waiting:
-        uses = [use for use in annotation.users if "embedding" not in use.op]
+        uses = [use for use in annotation.users if "embedding" not in use.op and use.node in nodes]
         calls = Counter(use.module for use in uses)
         for use in uses:
             node = nodes[use.node]
@@ -203,12 +214,9 @@ def _fold(
     add_bias(gm, node, source, at, name, nn.Parameter(shift.to(weight.device, weight.dtype), requires_grad=False))
 
 
-def _channel_axis(node: fx.Node, y: Tensor) -> int:
+def _channel_axis(annotation: QuantAnnotation, use: WeightUser) -> int:
     """Of an op's output: the last for a linear; the one before the sizes for a convolution."""
-    dims = re.search(r"conv(?:_transpose)?(\d)d", graph.op_name(node))
-    if graph.op_name(node).startswith("aten.convolution"):
-        return 1
-    return -1 - int(dims.group(1)) if dims else -1
+    return 1 - len(annotation.shape) if "conv" in use.op else -1
 
 
 def _shifted(y: Tensor, axis: int, shift: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from mono_quant_fx import graph
 from mono_quant_fx.annotation import ObservedInput, QuantAnnotation, annotated, pending, set_annotation
+from mono_quant_fx.arguments import argument
 from mono_quant_fx.data import Batch, Prepare, collect
 from mono_quant_fx.errors import WeightError
 from mono_quant_fx.observers import Observer
@@ -18,6 +19,10 @@ from mono_quant_fx.rounding import Rounded, RoundingOptions, round_weight
 from mono_quant_fx.run import Progress, run_batch
 from mono_quant_fx.sequential import SequentialWalk
 from mono_quant_fx.weight_ops import to_matrix
+from mono_quant_fx.weight_table import consumption
+
+#: The reason for an input that got no values, such as an expert's without tokens.
+UNSEEN = "no calibration data reached this input"
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,7 @@ class CalibrationExecution(Pass):
         calls = _observers(gm)
         if not calls:
             return
+        nodes = {n.name: n for n in gm.graph.nodes}
         batches, samples = collect(self.batches, self.num_calibration_samples, self.prepare_batch)
         twin = graph.isolate(gm)
         assert isinstance(twin, fx.GraphModule)
@@ -60,12 +66,12 @@ class CalibrationExecution(Pass):
             graph.get_attribute(twin, str(call.target)).reset()
         rounded = self._walk(twin, batches, samples) if self.algorithm != "rtn" else _run(twin, batches, samples)
         for node, annotation in list(pending(gm)):
-            inputs = {use.input for use in annotation.users}
-            reads = [call for call in calls if call.all_input_nodes[0].name in inputs]
-            seen = [_observed(twin, call, annotation.activations) for call in reads]
+            seen = [_observed(twin, call, annotation.activations) for call in _read_by(node, annotation, nodes, calls)]
             found = rounded.get(annotation.weight, Rounded(None, "rtn"))
-            annotation = replace(annotation, observed=tuple(seen), stored=found.stored, algorithm=found.algorithm)
-            set_annotation(node, replace(annotation, gain_db=found.gain_db, int8_gain_db=found.int8_gain_db))
+            reason = "; ".join(filter(None, (annotation.reason, found.reason)))
+            annotation = replace(annotation, reason=reason, observed=tuple(seen), stored=found.stored)
+            annotation = replace(annotation, algorithm=found.algorithm, gain_db=found.gain_db)
+            set_annotation(node, replace(annotation, int8_gain_db=found.int8_gain_db))
         for call in calls:
             call.replace_all_uses_with(call.all_input_nodes[0])
             gm.graph.erase_node(call)
@@ -76,12 +82,12 @@ class CalibrationExecution(Pass):
         rounded: dict[str, Rounded] = {}
         with Progress("calibrating", total, "weights", is_shown=samples > 50) as progress:
 
-            def round_one(node: fx.Node, annotation: QuantAnnotation, hessian: Tensor | None) -> Rounded:
+            def round_one(node: fx.Node, annotation: QuantAnnotation, hessian: Tensor | None, why: str) -> Rounded:
                 weight = graph.get_tensor(gm, node)
                 assert weight is not None and annotation.scheme is not None
                 matrix = to_matrix(weight.detach(), annotation.layout, annotation.groups).contiguous()
                 try:
-                    found = round_weight(matrix, annotation.scheme, hessian, options)
+                    found = round_weight(matrix, annotation.scheme, hessian, options, why)
                 except WeightError as e:
                     raise WeightError(f"calibration: weight {annotation.weight!r} cannot be quantized: {e}") from e
                 rounded[annotation.weight] = found
@@ -112,8 +118,20 @@ def _observers(gm: fx.GraphModule) -> list[fx.Node]:
     return [n for n in calls if isinstance(graph.get_attribute(gm, n.target), Observer)]
 
 
+def _read_by(
+    weight: fx.Node, annotation: QuantAnnotation, nodes: dict[str, fx.Node], observers: list[fx.Node]
+) -> list[fx.Node]:
+    """The observers that the ops of a weight read, in the order of the graph."""
+    users = [user for use in annotation.users if (user := nodes.get(use.node)) is not None]
+    rows = [(user, row) for user in users if (row := consumption(user, weight)) is not None]
+    read = {argument(user, row.input) for user, row in rows}
+    return [call for call in observers if call in read]
+
+
 def _observed(gm: fx.GraphModule, call: fx.Node, activations: str) -> ObservedInput:
     observer, source = graph.get_attribute(gm, str(call.target)), call.all_input_nodes[0]
+    if not observer.has_seen:
+        return ObservedInput(source.name, observer.name, reason=UNSEEN + (", so it stays float" if activations else ""))
     if not activations:
         return ObservedInput(source.name, observer.name, observer.statistics())
     name, reason = observer.chosen()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,38 +10,18 @@ import torch.nn.functional as F
 from torch import fx
 
 from mono_quant_fx import graph, ops
+from mono_quant_fx.arguments import argument
 from mono_quant_fx.checks import choice
 from mono_quant_fx.config import COMPUTE
-from mono_quant_fx.layer_inputs import conv_window
 from mono_quant_fx.pass_base import Pass
-from mono_quant_fx.weight_ops import Arg, argument, is_transpose, peel_transposes
+from mono_quant_fx.permutations import Axes, composed, is_permutation, permutation, permuted
+from mono_quant_fx.weight_table import MATMULS, WeightOp, rows_for, unpermuted
+from mono_quant_fx.windows import read_window
 
 aten = torch.ops.aten
-_MATMULS = (torch.matmul, torch.mm, operator.matmul, "matmul", "mm", aten.matmul.default, aten.mm.default)
 
-
-@dataclass(frozen=True)
-class Linear:
-    """Where a linear op has its input, weight and bias, and whether the weight comes transposed, as [K, N]."""
-
-    input: Arg
-    weight: Arg
-    bias: Arg | None
-    transposed: bool
-
-
-#: The pairs: (one of ours that dequantizes) x (one of these).
-LINEARS: dict[Any, Linear] = {
-    **dict.fromkeys((F.linear, aten.linear.default), Linear((0, "input"), (1, "weight"), (2, "bias"), False)),
-    **dict.fromkeys((torch.addmm, aten.addmm.default), Linear((1, "mat1"), (2, "mat2"), (0, "input"), True)),
-    **dict.fromkeys(_MATMULS, Linear((0, "input"), (1, "other"), None, True)),
-}
-
-
-#: Convolutions fuse where input and weight are INT8: op -> how many sizes its window has.
-CONVS: dict[Any, int] = {
-    op: n for n in (1, 2, 3) for op in (getattr(F, f"conv{n}d"), getattr(aten, f"conv{n}d").default)
-}
+#: The ops that fuse with what dequantizes their weight, where its rows are their output channels.
+LINEARS = frozenset((F.linear, aten.linear.default, torch.addmm, "addmm", aten.addmm.default, *MATMULS))
 
 
 @dataclass(frozen=True)
@@ -73,58 +52,76 @@ class DequantFusion(Pass):
     def rewrite(self, gm: fx.GraphModule) -> None:
         """Every linear that reads a dequantized weight, and every convolution that reads INT8 on both sides."""
         for node in list(gm.graph.nodes):
-            if node.op not in ("call_function", "call_method"):
-                continue
-            if node.target in LINEARS:
-                _try_linear(gm, node, LINEARS[node.target], self.compute)
-            elif node.target in CONVS:
-                _try_conv(node, CONVS[node.target])
+            fusion = _fusion(node, self.compute)
+            if fusion is not None:
+                read = argument(node, fusion.row.weight)
+                node.op, node.target, node.args, node.kwargs = "call_function", fusion.op, fusion.args, {}
+                _erase_unused(gm, read)
 
     def ensures(self, gm: fx.GraphModule) -> str | None:
-        """No F.linear reads a dequantize node any more."""
-        for node in gm.graph.nodes:
-            if node.target in (F.linear, aten.linear.default) and node.args[1].target is ops.dequantize_int4:
-                return f"{node.name} was not fused"
-        return None
+        """Nothing is left to fuse."""
+        left = next((node for node in gm.graph.nodes if _fusion(node, self.compute) is not None), None)
+        return None if left is None else f"{left.name} was not fused"
 
 
-def _try_linear(gm: fx.GraphModule, node: fx.Node, rule: Linear, compute: str) -> None:
-    weight = argument(node, rule.weight)
-    if not isinstance(weight, fx.Node):
-        return
-    source, odd = peel_transposes(weight)
-    if source.target in (ops.dequantize_int4, ops.dequantize_int8) and odd is rule.transposed:
-        _fuse(node, rule, source, compute)
-        _erase_unused(gm, weight)
+@dataclass(frozen=True)
+class _Fusion:
+    """What a node becomes."""
+
+    row: WeightOp
+    op: Any
+    args: tuple[Any, ...]
 
 
-def _fuse(node: fx.Node, rule: Linear, dequantize: fx.Node, compute: str) -> None:
-    x, bias = argument(node, rule.input), argument(node, rule.bias) if rule.bias else None
+def _fusion(node: fx.Node, compute: str) -> _Fusion | None:
+    """The fused op for a linear or a convolution that reads a dequantized weight; None for what is no such pair."""
+    for row in rows_for(node):
+        weight = argument(node, row.weight)
+        source = unpermuted(weight)
+        if isinstance(source, fx.Node) and row.inputs == "last" and node.target in LINEARS:
+            if source.target in _DEQUANTIZE and _is_transposed(weight) is (row.layout == "columns"):
+                return _linear(node, row, source, compute)
+        elif isinstance(weight, fx.Node) and row.inputs == "patches" and row.layout == "rows":
+            return _conv(node, row, weight)
+    return None
+
+
+_DEQUANTIZE = (ops.dequantize_int4, ops.dequantize_int8)
+
+
+def _is_transposed(weight: fx.Node) -> bool:
+    """Whether the axes of a matrix are swapped on the way to `weight`, an even number of times aside."""
+    axes: Axes = (0, 1)
+    while (then := permutation(weight, 2)) is not None:
+        weight, axes = permuted(weight), composed(then, axes)
+    return axes == (1, 0)
+
+
+def _linear(node: fx.Node, row: WeightOp, dequantize: fx.Node, compute: str) -> _Fusion | None:
+    x, bias = argument(node, row.input), argument(node, row.bias) if row.bias else None
     if any(node.kwargs.get(k, 1) != 1 for k in ("alpha", "beta")) or not isinstance(x, fx.Node):
-        return
-    if rule.transposed and bias is not None and not _is_row(bias, dequantize):
-        return
+        return None
+    if row.layout == "columns" and bias is not None and not _is_row(bias, dequantize):
+        return None
     is_int4, is_static = dequantize.target is ops.dequantize_int4, x.target is ops.dequantize_activation
     sizes = dequantize.args[3:4] if is_int4 else ()  # the group size; the columns follow from x
     if is_int4 and compute != "auto":
         sizes += (compute,)
     op = (ops.w4a8_linear if is_int4 else ops.w8a8_linear) if is_static else None
     op = op or (ops.int4_linear if is_int4 else ops.int8_linear)
-    _retarget(node, op, (*(x.args if is_static else (x,)), *dequantize.args[:3], bias, *sizes))
+    return _Fusion(row, op, (*(x.args if is_static else (x,)), *dequantize.args[:3], bias, *sizes))
 
 
-def _try_conv(node: fx.Node, dims: int) -> None:
-    x, view, bias = (argument(node, at) for at in ((0, "input"), (1, "weight"), (2, "bias")))
-    window = conv_window(node, dims)
-    if x.target is not ops.dequantize_activation or view.target is not aten.view.default or window is None:
-        return
+def _conv(node: fx.Node, row: WeightOp, view: fx.Node) -> _Fusion | None:
+    x, bias = argument(node, row.input), argument(node, (2, "bias"))
+    if view.target is not aten.view.default or getattr(x, "target", None) is not ops.dequantize_activation:
+        return None
     dequantize, shape = view.args
-    if dequantize.target is ops.dequantize_int8:
-        _retarget(node, ops.w8a8_conv, (*x.args, *dequantize.args, bias, list(shape[2:]), *window))
-
-
-def _retarget(node: fx.Node, op: Any, args: tuple[Any, ...]) -> None:
-    node.op, node.target, node.args, node.kwargs = "call_function", op, args, {}
+    window = read_window(node, tuple(shape[2:]))  # type: ignore[arg-type, index]
+    if window is None or window.padding is None or getattr(dequantize, "target", None) is not ops.dequantize_int8:
+        return None
+    sizes = (list(shape[2:]), list(window.stride), window.padding, list(window.dilation), window.groups)  # type: ignore[arg-type, index]
+    return _Fusion(row, ops.w8a8_conv, (*x.args, *dequantize.args, bias, *sizes))  # type: ignore[union-attr]
 
 
 def _is_row(bias: fx.Node, dequantize: fx.Node) -> bool:
@@ -135,7 +132,7 @@ def _is_row(bias: fx.Node, dequantize: fx.Node) -> bool:
 
 
 def _erase_unused(gm: fx.GraphModule, node: fx.Node) -> None:
-    """Erases the chain of transposes (a method call has no schema that dead-code elimination could trust)."""
-    while is_transpose(node) and not node.users:
-        node, dead = node.all_input_nodes[0], node
+    """Erases a chain of permutations (a method call has no schema that dead-code elimination could trust)."""
+    while is_permutation(node) and not node.users:
+        node, dead = permuted(node), node
         gm.graph.erase_node(dead)

@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import fx, nn
 
 from mono_quant_fx import graph, ops
-from mono_quant_fx.annotation import QuantAnnotation, annotated, pending, plain_inputs, set_annotation
+from mono_quant_fx.annotation import QuantAnnotation, annotated, float_inputs, pending, set_annotation
 from mono_quant_fx.codes import codes_of
 from mono_quant_fx.errors import WeightError
 from mono_quant_fx.pass_base import Pass
@@ -35,8 +35,8 @@ class Int4GroupwiseLowering(Pass):
         if not any(annotated(gm)):
             return "no weight is annotated; run skip-annotation first"
         nodes = {n.name: n for n in gm.graph.nodes}
-        for _, annotation in pending(gm):
-            if annotation.activations and any(plain_inputs(annotation, nodes)):
+        for node, annotation in pending(gm):
+            if any(float_inputs(node, annotation, nodes)):
                 return (
                     f"the input of {annotation.weight!r} is to be INT8; run calibration and activation-lowering first"
                 )

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from mono_quant_fx.annotation import QuantAnnotation, annotated, set_annotation, users_of
+from mono_quant_fx.arguments import argument
 from mono_quant_fx.biases import add_bias, bias_at, bias_name
 from mono_quant_fx.errors import PlanError
 from mono_quant_fx.numerics import QuantizedWeight
 from mono_quant_fx.pass_base import Pass
-from mono_quant_fx.weight_ops import Weight, argument, find_weights, hidden_weights, matrix_shape
+from mono_quant_fx.weight_ops import Weight, find_weights, hidden_weights, matrix_shape
 
 
 @dataclass(frozen=True)

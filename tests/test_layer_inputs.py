@@ -7,6 +7,7 @@ from torch import nn
 import mono_quant_fx as mq
 from mono_quant_fx.layer_inputs import Hessian, layer_inputs
 from mono_quant_fx.weight_ops import find_weights, to_matrix
+from mono_quant_fx.weight_table import consumption
 
 #: One product in float32, summed in another order.
 PRODUCT = 1e-5
@@ -32,19 +33,17 @@ def test_patches_times_the_weight_matrix_is_the_convolution(dims, transposed, me
         module = getattr(nn, f"Conv{'Transpose' if transposed else ''}{dims}d")(4, 6, 3, **options)
         x = torch.randn(2, 4, *(9, 8, 7)[:dims])
         weight, use = use_of(module, method, x)
-        inputs = layer_inputs(use.node, x, tuple(weight.tensor.shape))
+        inputs = layer_inputs(use.node, consumption(use.node, weight.node), x, tuple(weight.tensor.shape))
         rows = to_matrix(weight.tensor, use.layout, use.groups).unflatten(0, (groups, -1))
         expected = module(x)
         actual = (inputs @ rows.transpose(1, 2)).unflatten(1, (2, -1)).permute(1, 0, 3, 2).reshape(expected.shape)
         torch.testing.assert_close(actual, expected, rtol=PRODUCT, atol=PRODUCT)
 
 
-def test_linear_inputs_are_the_activations_and_same_padding_has_no_matrix():
+def test_linear_inputs_are_the_activations():
     x = torch.randn(2, 3, 8)
-    _, use = use_of(nn.Linear(8, 4))
-    assert torch.equal(layer_inputs(use.node, x, (4, 8)), x.reshape(1, 6, 8))
-    _, use = use_of(nn.Conv1d(4, 4, 3, padding="same"))
-    assert layer_inputs(use.node, torch.randn(1, 4, 9), (4, 4, 3)) is None
+    weight, use = use_of(nn.Linear(8, 4))
+    assert torch.equal(layer_inputs(use.node, consumption(use.node, weight.node), x, (4, 8)), x.reshape(1, 6, 8))
 
 
 def test_the_hessian_is_the_sum_over_any_split():

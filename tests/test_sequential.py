@@ -25,7 +25,7 @@ def hessians(model, data, algorithm="clip"):
     """What the walk hands to the rounding of each weight, and what the rounding returned."""
     gm, seen, rounded = annotate(model), {}, {}
 
-    def round_one(node, annotation, hessian):
+    def round_one(node, annotation, hessian, _):
         seen[annotation.weight] = hessian
         matrix = graph.get_tensor(gm, node).detach()
         rounded[annotation.weight] = round_weight(matrix, annotation.scheme, hessian, RoundingOptions(algorithm))
@@ -202,7 +202,7 @@ def test_only_live_values_are_held(monkeypatch):
         held.append(len(self.values))
 
     monkeypatch.setattr(Carry, "put", counting)
-    walk = SequentialWalk(gm, [to_batch(torch.randn(2, 64))], lambda n, a, h: round_weight(
+    walk = SequentialWalk(gm, [to_batch(torch.randn(2, 64))], lambda n, a, h, _: round_weight(
         graph.get_tensor(gm, n).detach(), a.scheme, h, RoundingOptions()))  # fmt: skip
     assert len(walk.run()) == 12
     assert max(held) <= 2

@@ -147,22 +147,22 @@ def test_int8_convolutions_fuse_and_transposed_ones_keep_their_nodes(method):
 
 
 class Forms(nn.Module):
-    """Convolutions that the fused op does not take, and one of each dimension that it does."""
+    """A convolution that the fused op does not take, since it has more zeros behind than before, and two it does."""
 
     def __init__(self):
         super().__init__()
-        self.same = nn.Conv1d(4, 8, 3, padding="same")
+        self.odd, self.same = nn.Conv1d(4, 8, 4, padding="same"), nn.Conv1d(8, 8, 3, padding="same")
         self.plain = nn.Conv1d(8, 8, 3, padding=1)
 
     def forward(self, x):
-        return self.plain(self.same(x))
+        return self.plain(self.same(self.odd(x)))
 
 
-def test_a_padding_of_same_keeps_its_nodes():
+def test_a_padding_with_more_zeros_behind_keeps_its_nodes():
     data = [torch.randn(2, 4, 9)]
     gm = lowered(Forms(), data, bits=8)
     fused = check_pass(mq.passes.DequantFusion(), gm, args=(data[0],), tolerance=FUSED_TOLERANCE)
-    assert targets(fused).count(ops.w8a8_conv) == 1 and targets(fused).count(ops.dequantize_activation) == 1
+    assert targets(fused).count(ops.w8a8_conv) == 2 and targets(fused).count(ops.dequantize_activation) == 1
 
 
 def test_the_lowered_graph_is_the_float_graph_on_rounded_weights_and_inputs():
