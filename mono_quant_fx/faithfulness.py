@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +13,7 @@ from mono_quant_fx import graph
 from mono_quant_fx.capture_errors import explain_own_failure
 from mono_quant_fx.data import Batch, leaves
 from mono_quant_fx.errors import CaptureError
+from mono_quant_fx.randomness import own_generators
 
 
 def expectation(model: nn.Module, example: Batch) -> list[Any] | None:
@@ -54,13 +54,8 @@ def _running_twin(model: nn.Module) -> nn.Module:
 
 def _outputs(model: nn.Module, run: Callable[[nn.Module], Any]) -> list[Any]:
     """The leaves of an output, under the random numbers that every run gets."""
-    state = torch.get_rng_state()
-    try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return leaves(run(model))
-    finally:
-        torch.set_rng_state(state)
+    with torch.no_grad(), own_generators():
+        return leaves(run(model))
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -31,6 +31,7 @@ from mono_quant_fx.passes import (
 from mono_quant_fx.records import from_plain
 from mono_quant_fx.result import QuantizationInfo, QuantizationResult
 from mono_quant_fx.saving import DIGESTS, FORMAT_VERSION, KEY
+from mono_quant_fx.surroundings import in_plain_surroundings
 from mono_quant_fx.table import AccuracyTable
 from mono_quant_fx.tensor_folder import Tensors, open_tensors
 
@@ -75,6 +76,7 @@ def read_header(file: Tensors) -> Header:
         raise FileFormatError(f"{file.path}: its {KEY!r} entry is nested too deep") from e
 
 
+@in_plain_surroundings
 def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> QuantizationResult:
     """Loads what save wrote. Weights are memory-mapped, and no float weight is ever made.
 
@@ -103,7 +105,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> Quanti
     file = open_tensors(path)
     header = read_header(file)
     if model is None:
-        gm = own_graph(file, header)
+        gm = _own_graph(file, header)
     else:
         _check_type(model)
         float_graph = capture(model) if isinstance(model, fx.GraphModule) else capture_again(model, header.capture)
@@ -182,12 +184,7 @@ def _look(shape: Any, dtype: torch.dtype) -> str:
     return f"{str(dtype).removeprefix('torch.')}{list(shape)}"
 
 
-def own_graph(file: Tensors, header: Header) -> fx.GraphModule:
-    """The graph that a file holds, with its tensors.
-
-    Raises:
-        PlanError: it holds none. GraphFormatError, FileFormatError: what it holds breaks a rule.
-    """
+def _own_graph(file: Tensors, header: Header) -> fx.GraphModule:
     if header.graph is None:
         raise PlanError(f"{file.path} holds no graph: pass the float model, load(path, model), or save with graph=True")
     parts = {part for names in header.stacked.values() for part in names}

@@ -18,8 +18,8 @@ SOURCES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "passes").glob("*.py")])
 
 #: Each layer may import the layers above its own line, and its own. Modules that are not named belong to the last.
 LAYERS = [
-    {"errors", "version", "html", "layout"},
-    {"checks", "records", "tensor_header", "checkpoint_files", "workers"},
+    {"errors", "version", "html", "layout", "surroundings", "this_thread", "tracing_lock", "copying"},
+    {"belongings", "checks", "randomness", "records", "tensor_header", "checkpoint_files", "workers"},
     {"tensor_writer"},
     {"tensor_file"},
     {"tensor_folder"},
@@ -41,7 +41,8 @@ LAYERS = [
     {
         "rules",
         "values",
-        "tracer",
+        "quant_tracer",
+        "twins",
         "capture_errors",
         "run",
         "printing",
@@ -55,9 +56,8 @@ LAYERS = [
         "dynamo_frames",
         "aliasing",
     },
-    {"merging", "draw_facts", "biases", "capture_record", "json_values", "allowed_aten", "allowed_calls"},
+    {"tracer", "merging", "draw_facts", "biases", "capture_record", "json_values", "allowed_calls"},
     {"graph_ops", "tree_json", "leaf_modules", "tensor_table", "guards"},
-    {"call_checks"},
     {"graph_writer"},
     {"graph_reader"},
     {"graph_json"},
@@ -70,6 +70,7 @@ LAYERS = [
     {"observers"},
     {"carry"},
     {"sequential"},
+    {"capture_checks"},
     {"capture", "lockstep", "saving"},
     {"capture_again", "result", "shard_plan", "checkpoint"},
     {"accuracy", "bisection", "export_compressed_tensors", "foreign_weights"},
