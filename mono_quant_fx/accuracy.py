@@ -17,6 +17,7 @@ from mono_quant_fx.errors import CalibrationError, PreconditionError
 from mono_quant_fx.lockstep import Lockstep
 from mono_quant_fx.metrics import ErrorSum
 from mono_quant_fx.run import Progress
+from mono_quant_fx.surroundings import in_plain_surroundings
 from mono_quant_fx.table import AccuracyRow, AccuracyTable
 from mono_quant_fx.weight_ops import to_matrix
 
@@ -24,6 +25,7 @@ from mono_quant_fx.weight_ops import to_matrix
 GOOD_DB = 30.0
 
 
+@in_plain_surroundings
 def measure_accuracy(
     reference: fx.GraphModule,
     quantized: fx.GraphModule,

@@ -22,6 +22,7 @@ from mono_quant_fx.lockstep import Lockstep
 from mono_quant_fx.metrics import ErrorSum
 from mono_quant_fx.run import run_batch
 from mono_quant_fx.state import writes, written
+from mono_quant_fx.surroundings import in_plain_surroundings
 
 #: Every node that the pass changed has its own error carried to the output on a few samples, the costliest on all.
 FEW_SAMPLES, MOST_SUSPECTS = 4, 8
@@ -49,6 +50,7 @@ class _Errors(NamedTuple):
         return _db(self.accumulated["output"])
 
 
+@in_plain_surroundings
 def bisect(
     stages: Sequence[Stage], gm: Any, data: Iterable[Any], threshold_db: float, prepare_batch: Prepare | None = None
 ) -> Bisection:

@@ -7,6 +7,7 @@ leaf modules, or computes something else than the model does.
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,17 +15,21 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.fx.graph import _PyTreeCodeGen
 
+from mono_quant_fx.belongings import kept
+from mono_quant_fx.capture_checks import check_model
 from mono_quant_fx.capture_errors import explain_failure
 from mono_quant_fx.capture_record import CaptureRecord, plain_batch, set_record, tied_names
 from mono_quant_fx.data import Batch, to_batch
 from mono_quant_fx.errors import CaptureError, ConfigError
-from mono_quant_fx.export_ways import exported
-from mono_quant_fx.exporter import check_exported_mode, follow_inputs
-from mono_quant_fx.faithfulness import Expectation, Findings, check_faithful, expectation
+from mono_quant_fx.exporter import export, follow_inputs
+from mono_quant_fx.faithfulness import check_faithful, expectation
+from mono_quant_fx.randomness import own_generators
 from mono_quant_fx.state import own_state
+from mono_quant_fx.surroundings import plain
 from mono_quant_fx.tracer import open_modules, trace
+from mono_quant_fx.tracing_lock import tracing
+from mono_quant_fx.twins import global_hooks, own_hooks, without_global_hooks
 from mono_quant_fx.weight_ops import find_weights, hidden_weights
 
 METHODS = ("auto", "symbolic", "export")
@@ -64,31 +69,60 @@ def capture(
         _1 = getattr(self, "1")(linear);  linear = None
         return _1
     """
-    if method not in METHODS:
-        raise ConfigError(f"method={method!r}: one of {', '.join(map(repr, METHODS))} is needed")
-    is_program = isinstance(model, torch.export.ExportedProgram)
-    if isinstance(model, torch.export.ExportedProgram):
-        model = model.module()
-    if not isinstance(model, nn.Module):
-        raise CaptureError(f"a torch.nn.Module is needed, not {type(model).__name__}; wrap a function in a Module")
-    check_eval(model)
-    if isinstance(model, fx.GraphModule):
-        gm = open_modules(model)
-        if is_program:
-            follow_inputs(gm)
-        own_state(gm)
-        return gm
-    example = None if example_inputs is None else to_batch(example_inputs).fresh()
-    if example is not None:
-        example.check_fits(model)
-    gm, notes = attempt(model, example, method, dynamic_shapes)
+    gm, notes = captured(model, example_inputs, method=method, dynamic_shapes=dynamic_shapes)
     for note in notes:
         warnings.warn(note, stacklevel=2)
-    own_state(gm)
     return gm
 
 
 Captured = tuple[fx.GraphModule, list[str]]
+
+
+def captured(model: Any, example_inputs: Any = None, *, method: str = "auto", dynamic_shapes: Any = None) -> Captured:
+    """What capture returns, and the notes that it says as warnings."""
+    if method not in METHODS:
+        raise ConfigError(f"method={method!r}: one of {', '.join(map(repr, METHODS))} is needed")
+    with plain(model):
+        is_program = isinstance(model, torch.export.ExportedProgram)
+        model = check_model(model.module() if isinstance(model, torch.export.ExportedProgram) else model)
+        example = None if example_inputs is None else to_batch(example_inputs).fresh()
+        notes: list[str] = []
+        if isinstance(model, fx.GraphModule):
+            gm = given(model, example)
+            if is_program:
+                follow_inputs(gm)
+        else:
+            if example is not None:
+                example.check_fits(model)
+            gm, notes = attempt(model, example, method, dynamic_shapes)
+        own_state(gm)
+        return gm, notes
+
+
+def given(model: fx.GraphModule, example: Batch | None) -> fx.GraphModule:
+    """A GraphModule that somebody else made, its weight modules opened and, on the example, compared with its call.
+
+    Raises:
+        CaptureError: calling it does more than running its graph, or a module in it cannot be opened.
+    """
+    with tracing(), kept(model):
+        expected = None
+        with contextlib.suppress(CaptureError):  # a graph that does not run on the data says so where it is run
+            expected = None if example is None else expectation(model, example)
+        around = [*own_hooks(model), *global_hooks(), *(["its own forward"] if "forward" in vars(model) else [])]
+        if around and expected is None:
+            raise CaptureError(
+                f"{type(model).__name__}: {', '.join(around)} acts around the graph, which does not hold it: remove "
+                "it, capture the module that was traced, or give example_inputs, on which it is seen to change nothing"
+            )
+        with without_global_hooks():
+            try:
+                gm = open_modules(model)
+            except Exception as e:
+                raise CaptureError(explain_failure(model, {"opening its modules": e}, "auto", True)) from e
+            if expected is not None and example is not None:
+                check_faithful(gm, example, expected)
+    return gm
 
 
 def attempt(
@@ -102,7 +136,14 @@ def attempt(
     Raises:
         CaptureError: no way leads to a graph.
     """
-    return _Attempts(model, example, dynamic_shapes, is_compared).run(method)
+    hooks = global_hooks()
+    if hooks and (example is None or not is_compared):
+        raise CaptureError(
+            f"{type(model).__name__}: a graph holds no global hook, and {', '.join(hooks)} is registered for every "
+            "module: remove it, or give example_inputs, on which it can be seen to change nothing"
+        )
+    with tracing(), kept(model), own_generators():
+        return _Attempts(model, example, dynamic_shapes, is_compared).run(method)
 
 
 @dataclass
@@ -113,12 +154,16 @@ class _Attempts:
     example: Batch | None
     dynamic_shapes: Any
     is_compared: bool
-    expected: Expectation | None = None
+    expected: list[Any] | None = None
 
     def run(self, method: str) -> Captured:
         """The graph, and what the user should know about it."""
         if self.is_compared and self.example is not None:
             self.expected = expectation(self.model, self.example)
+        with without_global_hooks():
+            return self._run(method)
+
+    def _run(self, method: str) -> Captured:
         failures: dict[str, BaseException] = {}
         symbolic = None
         if method != "export":
@@ -144,19 +189,31 @@ class _Attempts:
 
     def _symbolic(self) -> Captured:
         names = None if self.example is None else self.example.names(self.model)
-        gm = trace(self.model, names)
-        found = Findings() if self.expected is None else check_faithful(gm, self.expected)
-        if found.single:
-            raise CaptureError(found.single)
+        gm = trace(self.model, names, None if self.example is None else len(self.example.args))
+        self._check(gm)
         record = CaptureRecord("symbolic", None if names is None else tuple(names), tied=tied_names(self.model))
         return set_record(gm, record), []
 
     def _export(self) -> Captured:
+        """torch.export with every size dynamic; one sample is doubled first, so that the batch stays dynamic."""
         assert self.example is not None
-        found = exported(self.model, self.example, self.dynamic_shapes, self.expected)
-        tied, has_own_sizes = tied_names(self.model), self.dynamic_shapes is not None
-        record = CaptureRecord("export", None, plain_batch(found.batch), has_own_sizes, tied, found.dynamic)
-        return set_record(found.graph_module, record), found.notes
+        tries = [self.example] if self.dynamic_shapes is not None else [self.example.doubled(), self.example]
+        *first, last = [batch for batch in tries if batch is not None]
+        for batch in first:
+            with contextlib.suppress(Exception):
+                return self._export_on(batch)
+        return self._export_on(last)
+
+    def _export_on(self, batch: Batch) -> Captured:
+        gm, notes = export(self.model, batch, self.dynamic_shapes)
+        self._check(gm)
+        has_own_sizes = self.dynamic_shapes is not None
+        record = CaptureRecord("export", None, plain_batch(batch), has_own_sizes, tied_names(self.model))
+        return set_record(gm, record), notes
+
+    def _check(self, gm: fx.GraphModule) -> None:
+        if self.expected is not None and self.example is not None:
+            check_faithful(gm, self.example, self.expected)
 
 
 def _worth_exporting(gm: fx.GraphModule) -> bool:
@@ -165,20 +222,3 @@ def _worth_exporting(gm: fx.GraphModule) -> bool:
 
 def _reachable(gm: fx.GraphModule) -> int:
     return sum(w.tensor.numel() for w in find_weights(gm) if any(use.layout for use in w.uses))
-
-
-def check_eval(model: nn.Module) -> None:
-    """Raises CaptureError if a module that runs is in training mode; names it."""
-    modules = dict(model.named_modules())
-    if isinstance(model, fx.GraphModule):  # in an exported graph the mode is an argument, and the flags mean nothing
-        exported = isinstance(model.graph._codegen, _PyTreeCodeGen)
-        called = [str(n.target) for n in model.graph.nodes if n.op == "call_module" and n.target != "_guards_fn"]
-        modules = {n: m for n, m in modules.items() if n in called or (n == "" and not exported)}
-        check_exported_mode(model)
-    for name, module in modules.items():
-        if module.training:
-            where = f"its module {name!r}" if name else "it"
-            raise CaptureError(
-                f"{type(model).__name__}: {where} is in training mode; quantization works on a model in eval mode: "
-                "call model.eval() first"
-            )

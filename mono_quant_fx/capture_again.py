@@ -10,13 +10,17 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from mono_quant_fx import graph
-from mono_quant_fx.capture import attempt, check_eval
+from mono_quant_fx.belongings import kept
+from mono_quant_fx.capture import attempt
+from mono_quant_fx.capture_checks import check_model
 from mono_quant_fx.capture_record import CaptureRecord, get_record, meta_batch, set_record
 from mono_quant_fx.data import Batch, to_batch
 from mono_quant_fx.errors import CaptureError, MonoQuantError
 from mono_quant_fx.exporter import export
 from mono_quant_fx.state import own_state
-from mono_quant_fx.tracer import trace, twin
+from mono_quant_fx.surroundings import plain
+from mono_quant_fx.tracer import trace
+from mono_quant_fx.twins import twin, without_global_hooks
 
 
 def capture_without_values(model: nn.Module, example_inputs: Any = None) -> tuple[fx.GraphModule, list[str]]:
@@ -29,7 +33,7 @@ def capture_without_values(model: nn.Module, example_inputs: Any = None) -> tupl
         CaptureError: the model is in training mode or cannot be copied, or no way leads to a graph.
         CalibrationError: the example does not fit forward.
     """
-    check_eval(model)
+    model = check_model(model)
     example = None if example_inputs is None else to_batch(example_inputs)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     hollow = _hollow(model, CaptureRecord("symbolic"), mode)
@@ -51,7 +55,7 @@ def capture_again(model: nn.Module, record: CaptureRecord) -> fx.GraphModule:
     Raises:
         CaptureError: the record does not suffice, or this model does not go that way; says what to do instead.
     """
-    check_eval(model)
+    model = check_model(model)
     given = "capture the model yourself (mq.capture with the inputs of the first time) and pass the graph"
     unsaid = {"given": "by other means than mq.capture", "export": "from inputs that no file can hold"}
     if record.has_own_sizes:
@@ -61,7 +65,8 @@ def capture_again(model: nn.Module, record: CaptureRecord) -> fx.GraphModule:
     if record.method in unsaid:
         raise CaptureError(f"{type(model).__name__}: the saved model was captured {unsaid[record.method]}; {given}")
     try:
-        gm = _without_values(model, record)
+        with plain(model), kept(model), without_global_hooks():
+            gm = _without_values(model, record)
     except MonoQuantError:
         raise
     except Exception as e:
@@ -80,7 +85,7 @@ def _without_values(model: nn.Module, record: CaptureRecord) -> fx.GraphModule:
     if record.method == "symbolic":
         gm = trace(hollow, None if record.names is None else list(record.names))
     else:
-        gm, _ = export(hollow, _filled(meta_batch(record.inputs), mode), dynamic=record.dynamic)
+        gm, _ = export(hollow, _filled(meta_batch(record.inputs), mode))
     _to_meta(gm)
     return gm
 

@@ -12,7 +12,7 @@ from torch import fx, nn
 from mono_quant_fx import graph
 from mono_quant_fx.accuracy import measure_accuracy
 from mono_quant_fx.annotation import annotated
-from mono_quant_fx.capture import capture
+from mono_quant_fx.capture import captured
 from mono_quant_fx.config import QuantConfig
 from mono_quant_fx.data import Batch, Prepare, collect
 from mono_quant_fx.errors import ConfigError
@@ -113,12 +113,14 @@ def quantize(
     if example_inputs is None and batches:
         example_inputs = batches[0]
     require_inputs(example_inputs, batches or ())
-    said, gm = _listening(lambda: clock.time("capture", lambda: capture(model, example_inputs)))
+    gm, notes = clock.time("capture", lambda: captured(model, example_inputs))
+    for note in notes:
+        warnings.warn(note, stacklevel=2)
     out = default_pipeline(config, batches, clock.lap)(gm).graph_module
     table = clock.time("accuracy", lambda: _measure(gm, out, batches, config))
     info = info_of(gm, out, table, config, samples, clock.seconds)
     result = QuantizationResult(out, table, info, config)
-    info.warnings += said
+    info.warnings += notes
     info.warnings += check_accuracy_warnings(result, accuracy_warning="ignore", **_thresholds(config))
     check_accuracy_warnings(result, accuracy_warning=config.accuracy_warning, **_thresholds(config))
     return result
@@ -141,17 +143,6 @@ class _Clock:
         now = time.perf_counter()
         self.seconds[stage], self.last = now - self.last, now
         return value
-
-
-def _listening(work: Callable[[], T]) -> tuple[list[str], T]:
-    """What `work` said through warnings (said again, so that the user hears it), and its value."""
-    with warnings.catch_warnings(record=True) as heard:
-        warnings.simplefilter("always")
-        value = work()
-    ours = [str(w.message) for w in heard if str(w.message).startswith("capture:")]
-    for message in ours:
-        warnings.warn(message, stacklevel=3)
-    return ours, value
 
 
 def _thresholds(config: QuantConfig) -> dict[str, Any]:

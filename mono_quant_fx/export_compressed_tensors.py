@@ -19,11 +19,13 @@ from mono_quant_fx.errors import CheckpointError, PreconditionError
 from mono_quant_fx.foreign_packing import pack_zero_points
 from mono_quant_fx.merging import LinearCall
 from mono_quant_fx.result import QuantizationResult
+from mono_quant_fx.surroundings import in_plain_surroundings
 from mono_quant_fx.weight_ops import matrix_shape
 
 _REMEDY = "leave it out with modules_to_not_convert"
 
 
+@in_plain_surroundings
 def export_compressed_tensors(
     result: QuantizationResult | fx.GraphModule, folder: str | os.PathLike[str], *, shard_bytes: int = 5 * 10**9
 ) -> None:

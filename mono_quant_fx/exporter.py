@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
-import io
-import logging
-import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,33 +12,39 @@ from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from mono_quant_fx.data import Batch
 from mono_quant_fx.errors import CaptureError
-from mono_quant_fx.graph import named_tensors
-from mono_quant_fx.stopwatch import Stopwatch
-from mono_quant_fx.tracer import normalize, twin
+from mono_quant_fx.graph import attach, is_persistent, named_tensors
+from mono_quant_fx.randomness import nothing_else_drawn
+from mono_quant_fx.tracer import normalize
+from mono_quant_fx.tracing_lock import exporting
+from mono_quant_fx.twins import twin
 
 
-def export(
-    model: nn.Module, batch: Batch, dynamic_shapes: Any = None, *, dynamic: str = "all", budget: float | None = None
-) -> tuple[fx.GraphModule, list[str]]:
-    """torch.export on one batch, and a note on the sizes that the model fixes.
-
-    Args:
-        dynamic_shapes: as torch.export takes it; None leaves the choice to `dynamic`.
-        dynamic: "all" sizes, the "batch" (dim 0 of every tensor that has the first one's), or "none".
-        budget: seconds of processor time.
-
-    Raises:
-        OverBudgetError: it takes longer. Whatever torch.export raises.
-    """
+def export(model: nn.Module, batch: Batch, dynamic_shapes: Any = None) -> tuple[fx.GraphModule, list[str]]:
+    """torch.export on one batch, and a note on the sizes that the model fixes."""
     model, batch = twin(model), batch.in_order(model)  # some modules (LSTM) rebind their attributes meanwhile
+    frozen = _thaw(model)
     _spell_out_kwargs(model, batch)
-    shapes = batch.dynamic_shapes(model, dynamic) if dynamic_shapes is None else dynamic_shapes
-    label = {"all": "every size dynamic", "batch": "a dynamic batch"}.get(dynamic, "the example's sizes")
-    with Stopwatch(f"capture: torch.export with {label}", budget), _quiet():
+    shapes = batch.dynamic_shapes(model) if dynamic_shapes is None else dynamic_shapes
+    with exporting(), nothing_else_drawn():
         program = torch.export.export(model, batch.args, batch.kwargs, dynamic_shapes=shapes, strict=False)
-        gm = normalize(program.module())
+        gm = program.module()
+        for name, tensor in frozen.items():
+            attach(gm, name, tensor, is_persistent(gm, name))
+        gm = normalize(gm)
         follow_inputs(gm)
-        return gm, _fixed_sizes(program) if dynamic_shapes is None and dynamic == "all" else []
+        return gm, _fixed_sizes(program) if dynamic_shapes is None else []
+
+
+def _thaw(model: nn.Module) -> dict[str, Tensor]:
+    """Puts ordinary tensors in the place of those made in inference mode, which no export takes; returns the latter."""
+    frozen = {name: t for name, t in named_tensors(model) if t.is_inference()}
+    made = {id(t): t.clone() for t in frozen.values()}
+    for name, tensor in frozen.items():
+        is_parameter = isinstance(tensor, nn.Parameter)
+        ordinary = nn.Parameter(made[id(tensor)], tensor.requires_grad) if is_parameter else made[id(tensor)]
+        attach(model, name, ordinary, is_persistent(model, name))
+        made[id(tensor)] = ordinary
+    return frozen
 
 
 def follow_inputs(gm: fx.GraphModule) -> None:
@@ -93,24 +94,6 @@ def _spell_out_kwargs(model: nn.Module, batch: Batch) -> None:
     kept += [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in extra]
     forward.__signature__ = inspect.Signature(kept)  # type: ignore[attr-defined]
     model.forward = forward
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps torch's own notes on a failing or unusual export off the screen: CaptureError tells what matters."""
-    names = ("torch.fx.experimental.symbolic_shapes", "torch.export", "torch._export", "torch._subclasses.fake_tensor")
-    loggers = [logging.getLogger(name) for name in names]
-    levels = [log.level for log in loggers]
-    silent = io.StringIO()
-    with warnings.catch_warnings(), contextlib.redirect_stdout(silent), contextlib.redirect_stderr(silent):
-        warnings.simplefilter("ignore")
-        for log in loggers:
-            log.setLevel(logging.CRITICAL)
-        try:
-            yield
-        finally:
-            for log, level in zip(loggers, levels, strict=True):
-                log.setLevel(level)
 
 
 def _fixed_sizes(program: torch.export.ExportedProgram) -> list[str]:

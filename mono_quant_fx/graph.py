@@ -6,14 +6,15 @@ import copy
 import dataclasses
 import itertools
 import re
-import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from mono_quant_fx import copying
 from mono_quant_fx.ops.registry import is_ours
+from mono_quant_fx.this_thread import unheard
 
 #: The key of node.meta that provenance.py keeps.
 HISTORY = "mono_quant_fx_history"
@@ -29,15 +30,15 @@ def clone(gm: fx.GraphModule) -> fx.GraphModule:
         output.meta = dict(old.meta)
     graph._codegen = copy.copy(gm.graph._codegen)
     twin = fx.GraphModule(nn.Module(), fx.Graph())
-    memo: dict[int, Any] = {id(t): t for _, t in named_tensors(gm)}
+    copies = dict[int, Any]()
     for target in attribute_targets(gm):
         value = get_attribute(gm, target)
-        attach(
-            twin,
-            target,
-            value if isinstance(value, Tensor) else copy.deepcopy(value, memo),
-            is_persistent(gm, target),
-        )
+        if not isinstance(value, Tensor):
+            if id(value) not in copies:
+                own = [t for _, t in named_tensors(value)] if isinstance(value, nn.Module) else []
+                copies[id(value)] = copying.copied(value, own)
+            value = copies[id(value)]
+        attach(twin, target, value, is_persistent(gm, target))
     twin.meta = dict(gm.meta)
     twin.graph = graph
     return twin.train(gm.training)
@@ -52,9 +53,8 @@ def isolate(module: nn.Module) -> nn.Module:
     if isinstance(module, fx.GraphModule):
         ours = (n for n in module.graph.nodes if is_ours(n.target))
         shared += [t for n in ours for a in n.all_input_nodes if (t := get_tensor(module, a)) is not None]
-    with warnings.catch_warnings():  # torch copies the tree specs of an exported graph in a way that it deprecates
-        warnings.simplefilter("ignore", FutureWarning)
-        return copy.deepcopy(module, {id(t): t for t in shared})
+    with unheard():  # torch copies the tree specs of an exported graph in a way that it deprecates
+        return copying.copied(module, shared)
 
 
 def named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

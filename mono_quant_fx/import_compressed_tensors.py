@@ -24,9 +24,11 @@ from mono_quant_fx.foreign_weights import Reader, StoredWeight, Wanted
 from mono_quant_fx.numerics import QuantizedWeight
 from mono_quant_fx.pass_base import Pass, Pipeline
 from mono_quant_fx.passes import ActivationLowering, DequantFusion, Int4GroupwiseLowering, LinearMerging, SkipAnnotation
+from mono_quant_fx.surroundings import in_plain_surroundings
 from mono_quant_fx.weight_ops import find_weights, matrix_shape
 
 
+@in_plain_surroundings
 def import_compressed_tensors(
     folder: str | os.PathLike[str],
     model: nn.Module,

@@ -6,7 +6,6 @@ original in type, attributes, tensors' names and shapes, or it is not written do
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from mono_quant_fx.errors import GraphFormatError, NotSelfContainedError
 from mono_quant_fx.graph import named_tensors
 from mono_quant_fx.json_values import fields, need, value_from_json, value_to_json
+from mono_quant_fx.this_thread import unheard
 
 _POOL = "kernel_size stride padding dilation return_indices ceil_mode"
 _CONV = "in_channels out_channels kernel_size stride padding"
@@ -169,8 +169,7 @@ def leaf_from_json(data: Any, tensors: int) -> nn.Module:
     parts = fields(data.get("parts", {}), f"{name}'s parts", " ".join(_PARTS.get(name, {})))
     built = {a: None if part is None else leaf_from_json(part, tensors) for a, part in parts.items()}
     try:
-        with warnings.catch_warnings(), torch.device("meta"):
-            warnings.simplefilter("ignore")
+        with unheard(), torch.device("meta"):
             return CLASSES[name](**values, **built).eval()
     except Exception as error:  # whatever torch says to arguments that make no sense
         raise GraphFormatError(f"torch.nn.{name} refuses its arguments: {type(error).__name__}: {error}") from error

@@ -31,6 +31,7 @@ from mono_quant_fx.passes import (
 from mono_quant_fx.records import from_plain
 from mono_quant_fx.result import QuantizationInfo, QuantizationResult
 from mono_quant_fx.saving import DIGESTS, FORMAT_VERSION, KEY
+from mono_quant_fx.surroundings import in_plain_surroundings
 from mono_quant_fx.table import AccuracyTable
 from mono_quant_fx.tensor_folder import Tensors, open_tensors
 
@@ -75,6 +76,7 @@ def read_header(file: Tensors) -> Header:
         raise FileFormatError(f"{file.path}: its {KEY!r} entry is nested too deep") from e
 
 
+@in_plain_surroundings
 def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> QuantizationResult:
     """Loads what save wrote. Weights are memory-mapped, and no float weight is ever made.
 

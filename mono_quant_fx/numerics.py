@@ -24,6 +24,7 @@ from torch import Tensor
 
 from mono_quant_fx.config import QuantScheme, check_group_size
 from mono_quant_fx.errors import WeightError
+from mono_quant_fx.surroundings import in_plain_surroundings
 
 if sys.byteorder != "little":  # the packed words are viewed as bytes
     raise ImportError("mono_quant_fx reads packed words as little-endian bytes; this machine is big-endian")
@@ -173,6 +174,7 @@ def quantize_matrix(weight: Tensor, scheme: QuantScheme) -> QuantizedWeight:
     )
 
 
+@in_plain_surroundings
 def quantize_weight_int4(
     weight: Tensor, group_size: int = 128, axis: int = 0, symmetric: bool = True
 ) -> QuantizedWeight:

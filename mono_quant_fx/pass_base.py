@@ -20,6 +20,7 @@ from mono_quant_fx.bisection_report import Bisection
 from mono_quant_fx.data import Prepare
 from mono_quant_fx.errors import ConfigError, MonoQuantError, PassError, PostconditionError, PreconditionError
 from mono_quant_fx.pass_html import PassChange
+from mono_quant_fx.surroundings import in_plain_surroundings
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Pass(ABC):
         """What is wrong with the result, in words; None when it is as promised."""
         return None
 
+    @in_plain_surroundings
     def __call__(self, gm: fx.GraphModule | PassResult) -> PassResult:
         """Runs the pass.
 

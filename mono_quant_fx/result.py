@@ -11,6 +11,7 @@ from mono_quant_fx.config import QuantConfig
 from mono_quant_fx.graph_json import graph_to_json
 from mono_quant_fx.html import Shown, details, escape, frame, grid
 from mono_quant_fx.saving import write_model
+from mono_quant_fx.surroundings import in_plain_surroundings
 from mono_quant_fx.table import AccuracyTable
 
 
@@ -108,6 +109,7 @@ def result_html(result: QuantizationResult) -> str:
     return frame(f'<div class="tiles">{head}</div>{warnings}{folded}') + result.accuracy.to_html()
 
 
+@in_plain_surroundings
 def save(result: QuantizationResult, path: str | os.PathLike[str], *, graph: bool = False) -> None:
     """Writes a quantized model as one safetensors file, which load reads; nothing is pickled.
 

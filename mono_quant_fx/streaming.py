@@ -16,6 +16,7 @@ from mono_quant_fx.errors import AccuracyError, ConfigError
 from mono_quant_fx.result import QuantizationInfo
 from mono_quant_fx.stream_files import Bar, Told, into_file, into_folder
 from mono_quant_fx.stream_job import prepare
+from mono_quant_fx.surroundings import in_plain_surroundings
 from mono_quant_fx.table import AccuracyTable
 from mono_quant_fx.validation import check_accuracy_warnings
 
@@ -70,6 +71,7 @@ class CheckpointReport:
         return "\n".join(lines)
 
 
+@in_plain_surroundings
 def quantize_checkpoint(
     source: str | os.PathLike[str],
     model: nn.Module,

@@ -19,6 +19,7 @@ from mono_quant_fx.config import QuantConfig
 from mono_quant_fx.data import Prepare, collect, leaves
 from mono_quant_fx.errors import AccuracyError
 from mono_quant_fx.result import QuantizationResult
+from mono_quant_fx.surroundings import in_plain_surroundings
 from mono_quant_fx.table import AccuracyRow
 
 LEAST_CALIBRATION_SAMPLES = 50
@@ -132,6 +133,7 @@ class ValidationResult:
         return self.original_bytes / max(1, self.quantized_bytes)
 
 
+@in_plain_surroundings
 def validate_quantization(
     reference: fx.GraphModule,
     quantized: fx.GraphModule,

@@ -14,6 +14,7 @@ from mono_quant_fx.annotation import QuantAnnotation
 from mono_quant_fx.loading import Header, read_header
 from mono_quant_fx.numerics import code_range, num_groups
 from mono_quant_fx.saving import DIGESTS
+from mono_quant_fx.surroundings import in_plain_surroundings
 from mono_quant_fx.tensor_file import TensorFile
 from mono_quant_fx.tensor_header import DTYPE_NAMES, Entry, shown
 from mono_quant_fx.weight_ops import matrix_shape
@@ -42,6 +43,7 @@ class Findings:
     problems: list[Problem] = field(default_factory=list)
 
 
+@in_plain_surroundings
 def verify_file(file: TensorFile) -> Findings:
     """Checks a file that save wrote: plan, shapes, codes, scales, zero points, names and digests.
 

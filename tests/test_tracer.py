@@ -7,7 +7,8 @@ from torch import nn
 
 import mono_quant_fx as mq
 from mono_quant_fx import graph
-from mono_quant_fx.tracer import open_modules, required_inputs, trace
+from mono_quant_fx.quant_tracer import required_inputs
+from mono_quant_fx.tracer import open_modules, trace
 from tests.harness import Snapshot, assert_graph
 from tests.models import TiedLM
 

@@ -1,0 +1,77 @@
+"""What a caller may have switched on around a call, and what no result may depend on.
+
+Autocast, inference mode, gradients switched off, modes that see every torch function or every op, a default device
+on which the model does not lie: each entry point puts them aside while it works, and back when it is done, so that it
+gives the same bits as without. The default dtype stays, because the user's forward may rely on it; our own tensors say
+their dtype.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import nn
+from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
+from torch.utils._device import DeviceContext
+from torch.utils._python_dispatch import _disable_current_modes
+
+P = ParamSpec("P")
+T = TypeVar("T")
+_AUTOCAST = ("cpu", "cuda", "xpu", "mps")
+
+
+@contextlib.contextmanager
+def plain(*models: Any) -> Iterator[None]:
+    """Puts the caller's modes aside. A default device stays where one of the `models` has a tensor on it."""
+    modules = [m for m in (getattr(m, "graph_module", m) for m in models) if isinstance(m, nn.Module)]
+    kinds = {t.device.type for m in modules for t in (*m.parameters(), *m.buffers())}
+    with (
+        _no_function_modes(kinds),
+        _disable_current_modes(),
+        _no_autocast(),
+        torch.inference_mode(False),
+        torch.set_grad_enabled(True),
+    ):
+        yield
+
+
+def in_plain_surroundings(work: Callable[P, T]) -> Callable[P, T]:
+    """The same function, inside plain(): what it is given decides about the default device."""
+
+    @functools.wraps(work)
+    def inside(*args: P.args, **kwargs: P.kwargs) -> T:
+        with plain(*args, *kwargs.values()):
+            return work(*args, **kwargs)
+
+    return inside
+
+
+@contextlib.contextmanager
+def _no_function_modes(kinds: set[str]) -> Iterator[None]:
+    modes = [_pop_mode() for _ in _get_current_function_mode_stack()][::-1]
+    kept = [mode for mode in modes if isinstance(mode, DeviceContext) and mode.device.type in kinds]
+    for mode in kept:
+        _push_mode(mode)
+    try:
+        yield
+    finally:
+        for _ in kept:
+            _pop_mode()
+        for mode in modes:
+            _push_mode(mode)
+
+
+@contextlib.contextmanager
+def _no_autocast() -> Iterator[None]:
+    enabled = [kind for kind in _AUTOCAST if torch.is_autocast_enabled(kind)]
+    for kind in enabled:
+        torch.set_autocast_enabled(kind, False)
+    try:
+        yield
+    finally:
+        for kind in enabled:
+            torch.set_autocast_enabled(kind, True)
