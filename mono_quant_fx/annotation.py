@@ -8,7 +8,7 @@ linear-merging has put the weight's rows into a larger one, on the node that hol
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import fx
 
@@ -24,12 +24,16 @@ KEY = "mono_quant_fx"
 
 @dataclass(frozen=True)
 class WeightUser:
-    """One op that consumes the weight: its node's name, the op's name, its module's path, its activation's node."""
+    """One op that consumes the weight: its node's name, the op's name, its module's path, its activation's node.
+
+    `bias` is the name of the bias that bias-correction gave it; None where it had one before, or has none.
+    """
 
     node: str
     op: str
     module: str
     input: str | None = None
+    bias: str | None = None
 
 
 def users_of(weight: Weight) -> tuple[WeightUser, ...]:
@@ -92,6 +96,7 @@ class QuantAnnotation:
         bias_gain_db: by how much bias-correction lowered the error of its ops' outputs, at most; None before it ran.
         lowered: the codes have replaced it.
         merged: the rows of a larger weight that hold its codes; None while it is stored under its own name.
+        names: of its codes, scale and zero point, where the model has tensors of its own under the usual ones.
     """
 
     weight: str
@@ -111,10 +116,16 @@ class QuantAnnotation:
     bias_gain_db: float | None = None
     lowered: bool = False
     merged: MergedRows | None = None
+    names: tuple[str, str, str] | None = None
 
     @property
     def storage_names(self) -> tuple[str, str, str]:
-        """Where codes, scale and zero point are stored, by compressed-tensors' names (INT8 codes: the weight's own)."""
+        """Where codes, scale and zero point are stored: by compressed-tensors' names (INT8 codes: the weight's own).
+
+        A number stands behind them where the model has tensors of its own under these names.
+        """
+        if self.names is not None and self.merged is None:
+            return self.names
         name = self.merged.weight if self.merged is not None else self.weight
         packed = name if self.scheme is not None and self.scheme.bits == 8 else f"{name}_packed"
         return packed, f"{name}_scale", f"{name}_zero_point"
@@ -141,6 +152,25 @@ def annotated(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, QuantAnnotation]]:
         annotation = get_annotation(node)
         if annotation is not None:
             yield node, annotation
+
+
+def part_names(gm: fx.GraphModule) -> set[str]:
+    """The names that the parts of merged tensors have by themselves: a file stores them so."""
+    found: set[str] = set()
+    for _, annotation in annotated(gm):
+        if annotation.merged is not None:
+            bias = annotation.merged.bias
+            found.update(replace(annotation, merged=None).storage_names, () if bias is None else (bias,))
+    return found
+
+
+def drop_gone_users(gm: fx.GraphModule) -> None:
+    """Takes the ops that are no longer in the graph out of every annotation."""
+    names = {node.name for node in gm.graph.nodes}
+    for node, annotation in annotated(gm):
+        users = tuple(use for use in annotation.users if use.node in names)
+        if len(users) < len(annotation.users):
+            set_annotation(node, replace(annotation, users=users))
 
 
 def plain_inputs(

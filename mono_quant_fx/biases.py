@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from torch import Tensor, fx
 
-from mono_quant_fx import graph
 from mono_quant_fx.arguments import Arg, argument, set_argument
+from mono_quant_fx.free_names import free_name
 from mono_quant_fx.rewrite import add_constant
 from mono_quant_fx.weight_table import rows_for, unpermuted
 
@@ -19,9 +21,9 @@ def bias_at(node: fx.Node) -> Arg | None:
     return None
 
 
-def bias_name(gm: fx.GraphModule, weight: str, module: str) -> str:
+def bias_name(gm: fx.GraphModule, weight: str, module: str, reserved: Collection[str] = ()) -> str:
     """a.weight -> a.bias, a.w -> a.w_bias; a number follows where that is taken."""
-    return graph.free_name(gm, f"{module}.bias" if module and weight.endswith(".weight") else f"{weight}_bias")
+    return free_name(gm, f"{module}.bias" if module and weight.endswith(".weight") else f"{weight}_bias", reserved)
 
 
 def add_bias(gm: fx.GraphModule, node: fx.Node, weight: fx.Node, at: Arg, name: str, value: Tensor) -> None:

@@ -22,7 +22,7 @@ from mono_quant_fx.result import QuantizationResult
 from mono_quant_fx.surroundings import in_plain_surroundings
 from mono_quant_fx.weight_ops import matrix_shape
 
-_REMEDY = "leave it out with modules_to_not_convert"
+_REMEDY = "leave the weight out with modules_to_not_convert"
 
 
 @in_plain_surroundings
@@ -142,9 +142,14 @@ def _tensors(gm: fx.GraphModule, nodes: dict[str, fx.Node]) -> dict[str, Tensor]
     found = {n: t for n, t in gm.state_dict().items() if n not in replaced}
     for node, annotation in annotated(gm):
         if annotation.lowered:
-            found.update(_weight_tensors(gm, annotation))
-            found.update(_merged_bias(gm, node, annotation))
-            found.update(_input_tensors(gm, nodes, annotation))
+            ours = _weight_tensors(gm, annotation) | _merged_bias(gm, node, annotation)
+            ours |= _input_tensors(gm, nodes, annotation)
+            for name in ours.keys() & found.keys():
+                raise CheckpointError(
+                    f"the model has a tensor {name!r} of its own, and compressed-tensors' format stores something else "
+                    f"of {annotation.weight!r} under this name; rename the model's, or {_REMEDY}"
+                )
+            found |= ours
     once: dict[tuple[Any, ...], str] = {}
     for name, tensor in found.items():  # what several names share is stored under the first, as Hugging Face does
         once.setdefault(_memory(tensor) or (name,), name)

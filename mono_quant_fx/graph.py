@@ -1,10 +1,8 @@
-"""What every pass needs of a GraphModule: clone, fingerprint, attach and drop tensors, names of nodes."""
+"""What every pass needs of a GraphModule: clone, attach and drop tensors, names of nodes."""
 
 from __future__ import annotations
 
 import copy
-import dataclasses
-import itertools
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -13,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from mono_quant_fx import copying
+from mono_quant_fx.errors import PassError
 from mono_quant_fx.ops.registry import is_ours
 from mono_quant_fx.this_thread import unheard
 
@@ -39,9 +38,11 @@ def clone(gm: fx.GraphModule) -> fx.GraphModule:
                 copies[id(value)] = copying.copied(value, own)
             value = copies[id(value)]
         attach(twin, target, value, is_persistent(gm, target))
+    for name, module in twin.named_modules(remove_duplicate=False):
+        module.training = get_attribute(gm, name).training if name else gm.training
     twin.meta = dict(gm.meta)
     twin.graph = graph
-    return twin.train(gm.training)
+    return twin
 
 
 def isolate(module: nn.Module) -> nn.Module:
@@ -83,19 +84,30 @@ def get_tensor(gm: fx.GraphModule, node: fx.Node) -> Tensor | None:
 
 
 def is_persistent(gm: nn.Module, target: str) -> bool:
-    """Whether the buffer at `target` belongs to the state_dict (True for anything that is no buffer)."""
+    """Whether the buffer at `target` belongs to the state_dict, as a plain attribute does not (others: True)."""
     path, _, name = target.rpartition(".")
     owner = get_attribute(gm, path) if path else gm
+    if name in owner.__dict__:
+        return not isinstance(owner.__dict__[name], Tensor)
     return name not in getattr(owner, "_non_persistent_buffers_set", ())
 
 
 def attach(gm: nn.Module, target: str, value: Any, persistent: bool = True) -> None:
-    """Puts a parameter, buffer or module at a dotted path, making containers on the way; replaces what stood there."""
+    """Puts a parameter, buffer or module at a dotted path, making containers on the way; replaces what stood there.
+
+    Raises:
+        PassError: a part of the path is a tensor or something else that is no module; it is not replaced.
+    """
     *path, name = target.split(".")
     owner = gm
     for part in path:
-        if not isinstance(getattr(owner, part, None), nn.Module):
-            setattr(owner, part, nn.Module())
+        if not hasattr(owner, part):
+            setattr(owner, part, nn.Module().train(owner.training))
+        if not isinstance(getattr(owner, part), nn.Module):
+            raise PassError(
+                f"attach: {target!r} cannot be stored, since its part {part!r} is no module; take a name "
+                "that free_names.free_name gives"
+            )
         owner = getattr(owner, part)
     if hasattr(owner, name):
         delattr(owner, name)
@@ -103,13 +115,6 @@ def attach(gm: nn.Module, target: str, value: Any, persistent: bool = True) -> N
         owner.register_buffer(name, value, persistent)
     else:
         setattr(owner, name, value)
-
-
-def free_name(gm: nn.Module, name: str, endings: Iterable[str] = ("",)) -> str:
-    """`name`, with a number after it if a tensor or module has it already with one of the endings."""
-    taken = {taken for taken, _ in (*named_tensors(gm), *gm.named_modules())}
-    free = (f"{name}_{i}" if i else name for i in itertools.count())
-    return next(candidate for candidate in free if taken.isdisjoint(candidate + ending for ending in endings))
 
 
 def drop_unused(gm: fx.GraphModule) -> None:
@@ -140,47 +145,6 @@ def drop_dead_code(gm: fx.GraphModule) -> None:
         return not isinstance(node.target, torch._ops.OpOverload) or node.is_impure()
 
     gm.graph.eliminate_dead_code(impure)
-
-
-def fingerprint(gm: fx.GraphModule) -> tuple[Any, ...]:
-    """Equal for two GraphModules with the same nodes, the same meta and the very same tensors behind them.
-
-    How a node came about (its HISTORY) does not count.
-    """
-    nodes = tuple(
-        (
-            n.op,
-            n.name,
-            str(n.target),
-            str(n.args),
-            str(n.kwargs),
-            tuple((k, _token(v)) for k, v in n.meta.items() if k != HISTORY),
-        )
-        for n in gm.graph.nodes
-    )
-    tensors = tuple(
-        (
-            name,
-            type(t).__name__,
-            t.untyped_storage()._cdata,
-            t.dtype,
-            tuple(t.shape),
-            t.stride(),
-            t.requires_grad,
-        )
-        for name, t in sorted(named_tensors(gm), key=lambda item: item[0])
-    )
-    return nodes, tensors, tuple(sorted((name, type(m).__qualname__) for name, m in gm.named_modules()))
-
-
-def _token(value: Any) -> Any:
-    """A value as something comparable: plain data by its text, anything heavier (fake tensors, say) by its identity."""
-    if value is None or isinstance(value, str | int | float | torch.dtype) or dataclasses.is_dataclass(value):
-        return repr(value)
-    if isinstance(value, list | tuple | dict | set):
-        items: Iterable[Any] = value.items() if isinstance(value, dict) else value
-        return (type(value).__name__, *(_token(v) for v in items))
-    return id(value)
 
 
 def constant_nodes(gm: fx.GraphModule, written: Iterable[fx.Node] = ()) -> dict[fx.Node, bool]:

@@ -10,7 +10,7 @@ copy, a load, an export) treats them like any other. A weight is some rows of th
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
@@ -28,6 +28,7 @@ from mono_quant_fx.annotation import (
     set_annotation,
     stored_weight,
 )
+from mono_quant_fx.free_names import LONGEST, free_base, free_name, shortened
 from mono_quant_fx.rewrite import VALUES, add_call, add_constant
 
 aten = torch.ops.aten
@@ -63,17 +64,19 @@ class LinearCall(NamedTuple):
         return (*self.input, *self.stored, self.bias, *self.options)
 
 
-def merge(gm: fx.GraphModule, nodes: Sequence[fx.Node], own_memory: bool) -> None:
+def merge(gm: fx.GraphModule, nodes: Sequence[fx.Node], own_memory: bool, reserved: Collection[str] = ()) -> None:
     """Makes one op of these, in the place of the first, and each of them a piece of its result, in its own place.
 
     Args:
         nodes: linear ops of one kind with the same input and options, whose weights are annotated, whose biases are
             constants (or all None), and whose constants nothing else reads.
         own_memory: the pieces are copies; otherwise they are views, columns of the whole result.
+        reserved: names that must not be given, beside those that the graph has.
     """
     calls = [call for node in nodes if (call := LinearCall.read(node)) is not None]
     annotations = [_annotation(call) for call in calls]
-    name = graph.free_name(gm, _joined([a.weight for a in annotations]), ("", "_packed", "_scale", "_zero_point"))
+    endings = ("", "_packed", "_scale", "_zero_point")
+    name = free_base(gm, _joined([a.weight for a in annotations]), endings, reserved)
     starts = [0, *accumulate(call.outputs(gm) for call in calls)]
     first, stack = nodes[0], _common_stack(nodes)
     with gm.graph.inserting_before(first):
@@ -81,7 +84,7 @@ def merge(gm: fx.GraphModule, nodes: Sequence[fx.Node], own_memory: bool) -> Non
         stored = [_stacked(gm, names[i], [call.stored[i] for call in calls]) for i in range(3)]
         bias = None
         if biases := [call.bias for call in calls if call.bias is not None]:
-            bias = _stacked(gm, graph.free_name(gm, _joined([str(b.target) for b in biases])), biases)
+            bias = _stacked(gm, free_name(gm, _joined([str(b.target) for b in biases]), reserved), biases)
         merged = calls[0]._replace(stored=tuple(stored), bias=bias)
         whole = add_call(gm, first.target, merged.args, nodes, f"{first.name}_merged")
         op = aten.split_with_sizes_copy.default if own_memory else aten.split_with_sizes.default
@@ -166,17 +169,22 @@ def _same_kind(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def _joined(names: Sequence[str]) -> str:
-    """One name for several, by what they share at both ends.
+    """One name for several, by what they share at both ends; by the first of them where that would be long.
 
     >>> _joined(["attn.q.weight", "attn.k.weight", "attn.v.weight"]), _joined(["w", "v"])
     ('attn.q_k_v.weight', 'w_v')
+    >>> _joined([f"experts.{i}.w1.weight" for i in range(2000)])
+    'experts.0_and_1999_more.w1.weight'
     """
     parts = [name.split(".") for name in names]
     shortest = min(map(len, parts)) - 1
     head = next((i for i in range(shortest) if len({p[i] for p in parts}) > 1), shortest)
     tail = next((i for i in range(shortest - head) if len({p[-1 - i] for p in parts}) > 1), shortest - head)
-    middle = "_".join("_".join(p[head : len(p) - tail]) for p in parts)
-    return ".".join([*parts[0][:head], middle, *parts[0][len(parts[0]) - tail :]])
+    middles = ["_".join(p[head : len(p) - tail]) for p in parts]
+    middle = "_".join(middles)
+    if len(middle) > LONGEST // 2:
+        middle = f"{middles[0]}_and_{len(middles) - 1}_more"
+    return ".".join([*parts[0][:head], shortened(middle), *parts[0][len(parts[0]) - tail :]])
 
 
 def _common_stack(nodes: Sequence[fx.Node]) -> dict[str, Any]:

@@ -16,9 +16,11 @@ from typing import Any, ClassVar
 from torch import fx
 
 from mono_quant_fx import bisection, graph, pass_html, provenance
+from mono_quant_fx.annotation import drop_gone_users
 from mono_quant_fx.bisection_report import Bisection
 from mono_quant_fx.data import Prepare
 from mono_quant_fx.errors import ConfigError, MonoQuantError, PassError, PostconditionError, PreconditionError
+from mono_quant_fx.fingerprint import fingerprint
 from mono_quant_fx.pass_html import PassChange
 from mono_quant_fx.surroundings import in_plain_surroundings
 
@@ -71,6 +73,7 @@ class Pass(ABC):
                 f"{self.name}: a GraphModule is needed, not {type(source).__name__}; mq.capture(model) makes one"
             )
         self._check(self.requires(source), PreconditionError)
+        before = fingerprint(source)
         result = graph.clone(source)
         names = provenance.mark(result)
         try:
@@ -82,8 +85,8 @@ class Pass(ABC):
             raise PassError(f"{self.name}: {type(e).__name__}: {e}") from e
         marks = provenance.Marks(names, provenance.unmark(result))
         self._check(self.ensures(result), PostconditionError)
-        before, after = graph.fingerprint(source), graph.fingerprint(result)
-        change = PassChange.between(self.name, before[0], after[0])
+        after = fingerprint(result)
+        change = PassChange.between(self.name, before.nodes, after.nodes)
         if after == before:
             return PassResult(source, False, (change,))
         provenance.record(self.name, source, result, marks, before, after)
@@ -96,6 +99,7 @@ class Pass(ABC):
 
 def _tidy(gm: fx.GraphModule) -> None:
     graph.drop_dead_code(gm)
+    drop_gone_users(gm)
     graph.drop_unused(gm)
     gm.graph.lint()
     gm.recompile()

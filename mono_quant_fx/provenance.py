@@ -16,6 +16,7 @@ from torch import fx
 
 from mono_quant_fx.annotation import KEY as DECISION
 from mono_quant_fx.annotation import QuantAnnotation, get_annotation
+from mono_quant_fx.fingerprint import Fingerprint, NodeToken
 from mono_quant_fx.graph import HISTORY, op_name
 
 _MARK = "mono_quant_fx_mark"
@@ -112,7 +113,12 @@ class Marks:
 
 
 def record(
-    pass_name: str, source: fx.GraphModule, result: fx.GraphModule, marks: Marks, before: Any, after: Any
+    pass_name: str,
+    source: fx.GraphModule,
+    result: fx.GraphModule,
+    marks: Marks,
+    before: Fingerprint,
+    after: Fingerprint,
 ) -> None:
     """Adds to the history of each node of `result` what the pass did to it.
 
@@ -120,9 +126,9 @@ def record(
         marks: of the nodes of `result`.
         before, after: fingerprints of `source` and of `result`; only where they differ is a node looked at.
     """
-    old = {node.name: (node, token) for node, token in zip(source.graph.nodes, before[0], strict=True)}
-    stored = [{name: place for name, _, *place in tensors} for _, tensors, _ in (before, after)]
-    for node, token in zip(list(result.graph.nodes), after[0], strict=True):
+    old = {node.name: (node, token) for node, token in zip(source.graph.nodes, before.nodes, strict=True)}
+    stored = [{name: tensor.place for name, tensor, _ in found.tensors} for found in (before, after)]
+    for node, token in zip(list(result.graph.nodes), after.nodes, strict=True):
         name = marks.names.get(node)
         if name is None:
             inherited = [step for origin in marks.found.get(node, ()) for step in history(old[origin][0])]
@@ -130,7 +136,7 @@ def record(
             node.meta[HISTORY] = tuple(dict.fromkeys([*inherited, created]))
             continue
         twin, was = old[name]
-        steps = list(_changes(pass_name, twin, node, set(token[-1]) - set(was[-1]))) if token != was else []
+        steps = list(_changes(pass_name, twin, node, was, token)) if token != was else []
         if node.op == "get_attr" and _moved(stored[0].get(str(twin.target)), stored[1].get(str(node.target))):
             steps.append(Step(pass_name, "changed", node.name, (name,), "value", "", str(node.target)))
         _add(node, steps)
@@ -142,24 +148,26 @@ def _add(node: fx.Node, steps: Sequence[Step]) -> None:
 
 
 def _moved(old: Any, new: Any) -> bool:
-    """Whether a constant has other storage, dtype or shape; requires_grad does not count."""
-    return old is not None and new is not None and old[:-1] != new[:-1]
+    """Whether a constant has other memory, dtype or shape."""
+    return old is not None and new is not None and old != new
 
 
-def _changes(pass_name: str, old: fx.Node, new: fx.Node, meta: set[tuple[Any, Any]]) -> Iterable[Step]:
+def _changes(pass_name: str, old: fx.Node, new: fx.Node, was: NodeToken, now: NodeToken) -> Iterable[Step]:
     def changed(what: str, before: str, after: str) -> Step:
         return Step(pass_name, "changed", new.name, (old.name,), what, before, after)
 
-    if (old.op, old.target) != (new.op, new.target):
+    if (was.op, was.target) != (now.op, now.target):
         yield changed("op", _call(old), _call(new))
-    elif (str(old.args), str(old.kwargs)) != (str(new.args), str(new.kwargs)):
+    elif (was.args, was.kwargs) != (now.args, now.kwargs):
         yield changed("inputs", *_inputs(old, new))
+    keys = {key for key, _ in set(now.meta) - set(was.meta)} | ({"type"} if was.type != now.type else set())
     decisions = get_annotation(old), get_annotation(new)
     if decisions[0] != decisions[1]:
         yield changed("decision", *_decisions(*decisions))
-    keys = sorted(str(k) for k, _ in meta if k != DECISION)
-    if keys:
-        yield changed("meta", "", ", ".join(keys))
+    elif DECISION in keys:
+        yield changed("decision", "", "its codes")
+    if keys - {DECISION}:
+        yield changed("meta", "", ", ".join(sorted(str(key) for key in keys - {DECISION})))
 
 
 def _call(node: fx.Node) -> str:
@@ -171,7 +179,7 @@ def _call(node: fx.Node) -> str:
 
 def _inputs(old: fx.Node, new: fx.Node) -> tuple[str, str]:
     """What it reads no longer, and reads now; all arguments where only their order or a number changed."""
-    before, after = ([a.name for a in node.all_input_nodes] for node in (old, new))
+    before, after = (dict.fromkeys(a.name for a in node.all_input_nodes) for node in (old, new))
     gone, come = [a for a in before if a not in after], [a for a in after if a not in before]
     if gone or come:
         return _short(", ".join(gone)), _short(", ".join(come))

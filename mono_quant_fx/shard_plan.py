@@ -39,7 +39,7 @@ def own_annotations(gm: fx.GraphModule) -> dict[str, tuple[QuantAnnotation, tupl
         if annotation.lowered and annotation.scheme is not None:
             own = QuantAnnotation(
                 annotation.weight, annotation.scheme, annotation.reason, annotation.shape, annotation.dtype,
-                annotation.layout, annotation.groups,
+                annotation.layout, annotation.groups, names=annotation.names,
             )  # fmt: skip
             found[annotation.weight] = (own, own.storage_names[: 2 if annotation.scheme.symmetric else 3])
     return found

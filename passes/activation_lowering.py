@@ -9,8 +9,9 @@ import torch
 from torch import fx
 
 from mono_quant_fx import graph, ops
-from mono_quant_fx.annotation import ObservedInput, QuantAnnotation, float_inputs, pending
+from mono_quant_fx.annotation import ObservedInput, QuantAnnotation, float_inputs, part_names, pending
 from mono_quant_fx.arguments import Arg, set_argument
+from mono_quant_fx.free_names import free_names
 from mono_quant_fx.pass_base import Pass
 from mono_quant_fx.rewrite import add_call, add_constant
 
@@ -47,9 +48,10 @@ class ActivationLowering(Pass):
                 readers.setdefault(source, []).append((user, at))
                 codes = weight if annotation.stored is None else annotation.stored.weight_packed
                 scales.setdefault(source, (seen[source.name], annotation, codes.device))
+        reserved = part_names(gm)
         for source, users in readers.items():
             with gm.graph.inserting_before(min((user for user, _ in users), key=order.__getitem__)):
-                value = _codes_and_back(gm, source, *scales[source])
+                value = _codes_and_back(gm, source, *scales[source], reserved)
             for user, at in users:
                 set_argument(user, at, value)
 
@@ -67,30 +69,22 @@ def _waiting(gm: fx.GraphModule) -> list[tuple[fx.Node, QuantAnnotation, list[tu
 
 
 def _codes_and_back(
-    gm: fx.GraphModule, source: fx.Node, seen: ObservedInput, annotation: QuantAnnotation, device: torch.device
+    gm: fx.GraphModule,
+    source: fx.Node,
+    seen: ObservedInput,
+    annotation: QuantAnnotation,
+    device: torch.device,
+    reserved: set[str],
 ) -> fx.Node:
     assert seen.scale is not None
     dtype: torch.dtype = getattr(torch, annotation.dtype)
     scale = torch.tensor([max(seen.scale, torch.finfo(dtype).tiny)], dtype=dtype, device=device)
     zero_point = torch.tensor([seen.zero_point], dtype=torch.int8, device=device)
-    scale_name, zero_point_name = _free_names(gm, annotation.weight)
+    owner = annotation.weight.rpartition(".")[0]
+    prefix = f"{owner}.input" if owner else f"{annotation.weight}_input"
+    scale_name, zero_point_name = free_names(gm, (f"{prefix}_scale", f"{prefix}_zero_point"), reserved)
     constants = [
         add_constant(gm, name, value, source) for name, value in ((scale_name, scale), (zero_point_name, zero_point))
     ]
     codes = add_call(gm, ops.quantize_activation, (source, *constants), source, f"{source.name}_quantized")
     return add_call(gm, ops.dequantize_activation, (codes, *constants), source, f"{source.name}_dequantized")
-
-
-def _free_names(gm: fx.GraphModule, weight: str) -> tuple[str, str]:
-    """a.weight -> a.input_scale and a.input_zero_point; a number follows where these are taken."""
-    owner = weight.rpartition(".")[0]
-    prefix = f"{owner}.input" if owner else f"{weight}_input"
-    taken = {name for name, _ in graph.named_tensors(gm)}
-    number = 0
-    while f"{prefix}_scale{_suffix(number)}" in taken:
-        number += 1
-    return f"{prefix}_scale{_suffix(number)}", f"{prefix}_zero_point{_suffix(number)}"
-
-
-def _suffix(number: int) -> str:
-    return f"_{number}" if number else ""

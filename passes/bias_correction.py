@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from mono_quant_fx import graph, ops
-from mono_quant_fx.annotation import QuantAnnotation, WeightUser, annotated, pending, set_annotation
+from mono_quant_fx.annotation import QuantAnnotation, WeightUser, annotated, part_names, pending, set_annotation
 from mono_quant_fx.arguments import argument
 from mono_quant_fx.biases import add_bias, bias_at, bias_name
 from mono_quant_fx.carry import Carry
@@ -68,17 +68,20 @@ class BiasCorrection(Pass):
         }
         with Progress("correcting biases", len(places), "ops", is_shown=samples > 50) as progress:
             found = _Walk(twin, batches, places, progress).run()
-        nodes = {n.name: n for n in gm.graph.nodes}
+        nodes, reserved = {n.name: n for n in gm.graph.nodes}, part_names(gm)
         for node, annotation in waiting:
             uses = [use for use in annotation.users if use.node in found]
-            for use in uses:
-                _fold(gm, nodes[use.node], node, annotation, use, found[use.node].shift)
+            added = {
+                use.node: _fold(gm, nodes[use.node], node, use, annotation.weight, found[use.node].shift, reserved)
+                for use in uses
+            }
+            users = tuple(replace(use, bias=added.get(use.node)) for use in annotation.users)
             empty = [NO_DATA for use in annotation.users if use.node in places and use.node not in found]
             left = [obstacle for use in annotation.users if (obstacle := obstacles.get(use.node))] or empty
             why = f"bias not corrected: {left[0]}" if left else ""
             reason = "; ".join(filter(None, (annotation.reason, why)))
             gain = max((found[use.node].gain_db for use in uses), default=0.0)
-            set_annotation(node, replace(annotation, reason=reason, bias_gain_db=gain))
+            set_annotation(node, replace(annotation, users=users, reason=reason, bias_gain_db=gain))
 
 
 @dataclass(frozen=True)
@@ -196,22 +199,28 @@ def _obstacle(gm: fx.GraphModule, node: fx.Node, annotation: QuantAnnotation, us
 
 
 def _fold(
-    gm: fx.GraphModule, node: fx.Node, source: fx.Node, annotation: QuantAnnotation, use: WeightUser, shift: Tensor
-) -> None:
+    gm: fx.GraphModule,
+    node: fx.Node,
+    source: fx.Node,
+    use: WeightUser,
+    weight: str,
+    shift: Tensor,
+    reserved: set[str],
+) -> str | None:
+    """Adds to an op's bias; where it has none, gives it one and returns its name."""
     at = bias_at(node)
     assert at is not None
     bias = argument(node, at)
-    if bias is not None:
-        name, old = str(bias.target), graph.get_attribute(gm, str(bias.target))
-        value = (old.detach().double() + shift.to(old.device)).to(old.dtype)
-        is_parameter = isinstance(old, nn.Parameter)
-        graph.attach(
-            gm, name, nn.Parameter(value, old.requires_grad) if is_parameter else value, graph.is_persistent(gm, name)
-        )
-        return
-    weight = graph.get_attribute(gm, annotation.weight)
-    name = bias_name(gm, annotation.weight, use.module)
-    add_bias(gm, node, source, at, name, nn.Parameter(shift.to(weight.device, weight.dtype), requires_grad=False))
+    if bias is None:
+        name, like = bias_name(gm, weight, use.module, reserved), graph.get_attribute(gm, weight)
+        add_bias(gm, node, source, at, name, nn.Parameter(shift.to(like.device, like.dtype), requires_grad=False))
+        return name
+    name, old = str(bias.target), graph.get_attribute(gm, str(bias.target))
+    value = (old.detach().double() + shift.to(old.device)).to(old.dtype)
+    if isinstance(old, nn.Parameter):
+        value = nn.Parameter(value, old.requires_grad)
+    graph.attach(gm, name, value, graph.is_persistent(gm, name))
+    return None
 
 
 def _channel_axis(annotation: QuantAnnotation, use: WeightUser) -> int:

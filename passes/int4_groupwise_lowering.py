@@ -8,9 +8,10 @@ from typing import ClassVar
 from torch import fx, nn
 
 from mono_quant_fx import graph, ops
-from mono_quant_fx.annotation import QuantAnnotation, annotated, float_inputs, pending, set_annotation
+from mono_quant_fx.annotation import QuantAnnotation, annotated, float_inputs, part_names, pending, set_annotation
 from mono_quant_fx.codes import codes_of
 from mono_quant_fx.errors import WeightError
+from mono_quant_fx.free_names import free_names
 from mono_quant_fx.pass_base import Pass
 from mono_quant_fx.rewrite import add_call, add_constant
 from mono_quant_fx.weight_ops import from_matrix, matrix_shape
@@ -44,8 +45,9 @@ class Int4GroupwiseLowering(Pass):
 
     def rewrite(self, gm: fx.GraphModule) -> None:
         """One weight at a time, so that the scratch is one weight's."""
+        reserved = part_names(gm)
         for node, annotation in list(pending(gm)):
-            _lower(gm, node, annotation)
+            _lower(gm, node, _with_free_names(gm, annotation, reserved))
         for name, parameter in list(gm.named_parameters()):
             if parameter.requires_grad:
                 graph.attach(gm, name, nn.Parameter(parameter.detach(), requires_grad=False))
@@ -54,6 +56,17 @@ class Int4GroupwiseLowering(Pass):
         """No annotated weight is float."""
         left = [a.weight for _, a in pending(gm)]
         return f"{left[0]} is still float" if left else None
+
+
+def _with_free_names(gm: fx.GraphModule, annotation: QuantAnnotation, reserved: set[str]) -> QuantAnnotation:
+    """With names that the model does not use itself. INT8 codes have the weight's own, which becomes free."""
+    if annotation.names is not None:  # a file says which
+        return annotation
+    packed, *others = annotation.storage_names
+    own = packed == annotation.weight
+    found = free_names(gm, others if own else (packed, *others), reserved)
+    names = (packed, *found) if own else found
+    return annotation if names == annotation.storage_names else replace(annotation, names=names)  # type: ignore[arg-type]
 
 
 def _lower(gm: fx.GraphModule, node: fx.Node, annotation: QuantAnnotation) -> None:

@@ -9,7 +9,7 @@ from torch import fx
 
 from mono_quant_fx import graph
 from mono_quant_fx.aliasing import owners, takes_split_rows, written
-from mono_quant_fx.annotation import get_annotation
+from mono_quant_fx.annotation import get_annotation, part_names
 from mono_quant_fx.merging import LinearCall, merge
 from mono_quant_fx.pass_base import Pass
 
@@ -31,10 +31,11 @@ class LinearMerging(Pass):
 
     def rewrite(self, gm: fx.GraphModule) -> None:
         """Group by group."""
+        reserved = part_names(gm)
         for nodes in _groups(gm):
             calls = [call for node in nodes if (call := LinearCall.read(node)) is not None]
             views = all(takes_split_rows(n, c.outputs(gm)) for n, c in zip(nodes, calls, strict=True))
-            merge(gm, nodes, own_memory=not views)
+            merge(gm, nodes, not views, reserved)
 
     def ensures(self, gm: fx.GraphModule) -> str | None:
         """Nothing is left to merge."""
@@ -57,16 +58,20 @@ def _groups(gm: fx.GraphModule) -> list[list[fx.Node]]:
     """The ops that may be computed together, where the first of them stands."""
     done: list[list[fx.Node]] = []
     growing: dict[_Kind, list[fx.Node]] = {}
-    memory: dict[fx.Node, set[fx.Node | None]] = {}
+    reading: dict[fx.Node | None, set[_Kind]] = {}
     for node in gm.graph.nodes:
-        touched = owners(written(node))
-        for ended in [kind for kind in growing if not touched.isdisjoint(memory[kind.input])]:
-            done.append(growing.pop(ended))
+        for owner in owners(written(node)):
+            for ended in reading.pop(owner, set()):
+                if ended in growing:
+                    done.append(growing.pop(ended))
         kind = _kind(gm, node)
         if kind is not None:
-            memory.setdefault(kind.input, owners((kind.input,)))
+            if kind not in growing:
+                for owner in owners((kind.input,)):
+                    reading.setdefault(owner, set()).add(kind)
             growing.setdefault(kind, []).append(node)
-    return [nodes for nodes in (*done, *growing.values()) if len(nodes) > 1]
+    found = [nodes for nodes in (*done, *growing.values()) if len(nodes) > 1]
+    return sorted(found, key=lambda nodes: nodes[0])  # by their places in the graph
 
 
 def _kind(gm: fx.GraphModule, node: fx.Node) -> _Kind | None:

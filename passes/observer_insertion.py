@@ -10,6 +10,7 @@ from torch import fx
 from mono_quant_fx import graph
 from mono_quant_fx.annotation import annotated, pending, plain_inputs
 from mono_quant_fx.arguments import Arg, set_argument
+from mono_quant_fx.free_names import free_name
 from mono_quant_fx.observers import Observer, create_observer
 from mono_quant_fx.pass_base import Pass
 from mono_quant_fx.weight_table import consumption
@@ -40,7 +41,7 @@ class ObserverInsertion(Pass):
         """One call_module a distinct input; integer inputs (of embeddings) are no activations."""
         for (source, axis), users in _inputs(gm, self._default_axis()).items():
             options = dict(self.options) if axis is None else {**dict(self.options), "axis": axis}
-            target = graph.free_name(gm, PREFIX + source.name)
+            target = free_name(gm, PREFIX + source.name)
             graph.attach(gm, target, create_observer(self.observer, **options))
             with gm.graph.inserting_after(source):
                 observed = gm.graph.call_module(target, (source,))

@@ -10,9 +10,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx, nn
 
-from mono_quant_fx.annotation import QuantAnnotation, annotated, set_annotation, users_of
+from mono_quant_fx.annotation import QuantAnnotation, WeightUser, annotated, set_annotation, users_of
 from mono_quant_fx.arguments import argument
-from mono_quant_fx.biases import add_bias, bias_at, bias_name
+from mono_quant_fx.biases import add_bias, bias_at
 from mono_quant_fx.errors import PlanError
 from mono_quant_fx.numerics import QuantizedWeight
 from mono_quant_fx.pass_base import Pass
@@ -66,12 +66,11 @@ class PlanRestoration(Pass):
         layout = (weight.uses[0].layout or "rows", weight.uses[0].groups)
         if layout != (entry.layout, entry.groups):
             raise PlanError(f"{self.name}: weight {entry.weight!r} is consumed as {layout[0]}, not as {entry.layout}")
-        own = replace(entry, users=users_of(weight), merged=None, lowered=False)
+        own = replace(entry, users=_users(weight, entry), merged=None, lowered=False)
         if entry.lowered:
             own = replace(own, stored=self._stored(own))
         set_annotation(weight.node, own)
-        if entry.bias_gain_db is not None:
-            self._add_biases(gm, weight, own)
+        self._add_biases(gm, weight, own)
 
     def _stored(self, own: QuantAnnotation) -> QuantizedWeight:
         symmetric = own.scheme is None or own.scheme.symmetric
@@ -89,11 +88,20 @@ class PlanRestoration(Pass):
     def _add_biases(self, gm: fx.GraphModule, weight: Weight, own: QuantAnnotation) -> None:
         for use, user in zip(weight.uses, own.users, strict=True):
             at = bias_at(use.node)
-            if at is None or argument(use.node, at) is not None:
+            if user.bias is None or at is None or argument(use.node, at) is not None:
                 continue
-            name = bias_name(gm, own.weight, user.module)
-            if name in self.tensors:
-                add_bias(gm, use.node, weight.node, at, name, nn.Parameter(self.tensors[name], requires_grad=False))
+            if user.bias not in self.tensors:
+                raise PlanError(f"{self.name}: {use.node.name} was given a bias, but there is no tensor {user.bias!r}")
+            value = nn.Parameter(self.tensors[user.bias], requires_grad=False)
+            add_bias(gm, use.node, weight.node, at, user.bias, value)
+
+
+def _users(weight: Weight, entry: QuantAnnotation) -> tuple[WeightUser, ...]:
+    """The weight's users, with the biases that the plan says they were given."""
+    users, planned = users_of(weight), entry.users
+    if len(users) != len(planned):
+        return users
+    return tuple(replace(user, bias=old.bias) for user, old in zip(users, planned, strict=True))
 
 
 def _complaint(stored: QuantizedWeight, own: QuantAnnotation) -> str | None:

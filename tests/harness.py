@@ -11,6 +11,7 @@ from torch import fx
 
 import mono_quant_fx as mq
 from mono_quant_fx import graph
+from mono_quant_fx.fingerprint import fingerprint
 
 #: torch's own and the project's meta keys that a rewrite has to carry along wherever a node survives
 KEPT_META = ("nn_module_stack", "stack_trace")
@@ -71,7 +72,7 @@ class Snapshot:
         self.versions = {n: t._version for n, t in graph.named_tensors(module)}
         self.flags = [(n, m.training) for n, m in module.named_modules()]
         self.grads = {n: t.requires_grad for n, t in graph.named_tensors(module)}
-        self.fingerprint = graph.fingerprint(module) if isinstance(module, fx.GraphModule) else None
+        self.fingerprint = fingerprint(module) if isinstance(module, fx.GraphModule) else None
 
     def check(self, module: torch.nn.Module) -> None:
         """Asserts that `module` is as it was, to the bit."""
@@ -88,7 +89,7 @@ class Snapshot:
             assert same, name
         assert [(n, m.training) for n, m in module.named_modules()] == self.flags
         if isinstance(module, fx.GraphModule):
-            assert graph.fingerprint(module) == self.fingerprint
+            assert fingerprint(module) == self.fingerprint
 
 
 def _check_meta(before: fx.GraphModule, after: fx.GraphModule) -> None:
