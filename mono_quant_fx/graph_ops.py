@@ -11,10 +11,10 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import fx
 from torch._ops import OpOverload, OpOverloadPacket
 
 from mono_quant_fx import allowed_calls
+from mono_quant_fx.allowed_aten import ATEN, ATEN_OVERLOADS_REFUSED
 from mono_quant_fx.errors import GraphFormatError
 from mono_quant_fx.json_values import show
 from mono_quant_fx.ops.registry import NAMESPACE
@@ -31,10 +31,15 @@ _HOMES = MappingProxyType(
         "builtins": builtins,
     }
 )
-_METHODS = frozenset(allowed_calls.METHODS.split())
-_ATTRIBUTES = frozenset(allowed_calls.ATTRIBUTES.split())
-_PRIVATE = frozenset(allowed_calls.ATEN_PRIVATE.split())
-_REFUSED = frozenset(allowed_calls.ATEN_REFUSED.split())
+_METHODS = frozenset((*allowed_calls.METHODS.split(), *allowed_calls.METHODS_IN_PLACE.split()))
+#: namespace of the dispatcher -> the operators of it.
+_OPERATORS = MappingProxyType(
+    {
+        "aten": frozenset(name for names in ATEN.values() for name in names.split()),
+        NAMESPACE: frozenset(allowed_calls.OWN.split()),
+    }
+)
+_OVERLOADS_REFUSED = frozenset(ATEN_OVERLOADS_REFUSED.split())
 
 
 @functools.cache
@@ -88,10 +93,8 @@ def _overload(name: str) -> OpOverload | None:
     """The overload that "namespace.op.overload" names, if a stored graph may call it."""
     namespace, _, rest = name.partition(".")
     op, _, overload = rest.partition(".")
-    words_only = op.isidentifier() and overload.isidentifier() and name.isascii() and len(name) <= 200
-    if namespace not in ("aten", NAMESPACE) or not words_only or (namespace == "aten" and not _is_plain(op)):
-        return None
-    packet = getattr(getattr(torch.ops, namespace), op, None)
+    known = op in _OPERATORS.get(namespace, ()) and rest not in _OVERLOADS_REFUSED
+    packet = getattr(getattr(torch.ops, namespace), op, None) if known else None
     if not isinstance(packet, OpOverloadPacket) or overload not in packet.overloads():
         return None
     found = getattr(packet, overload)
@@ -102,58 +105,18 @@ def _overload(name: str) -> OpOverload | None:
     return found if in_dispatcher and not any(a.is_out for a in found._schema.arguments) else None
 
 
-def _is_plain(op: str) -> bool:
-    if op.startswith("_"):
-        return op in _PRIVATE
-    return not (op in _REFUSED or op.startswith(allowed_calls.ATEN_REFUSED_STARTS) or "backward" in op)
+@functools.cache
+def allowed_operators() -> tuple[OpOverload, ...]:
+    """Every overload that a stored graph may call, in the order of the lists."""
+    found = []
+    for namespace, names in _OPERATORS.items():
+        for op in sorted(names):
+            packet = getattr(getattr(torch.ops, namespace), op, None)
+            overloads = packet.overloads() if isinstance(packet, OpOverloadPacket) else []
+            found += [_overload(f"{namespace}.{op}.{overload}") for overload in overloads]
+    return tuple(overload for overload in found if overload is not None)
 
 
 def is_method(name: Any) -> bool:
     """Whether a stored graph may call the tensor method of this name."""
     return isinstance(name, str) and name in _METHODS
-
-
-#: How many arguments torch.fx writes down for a call of `operator`, whatever the node holds.
-_ARITY = MappingProxyType(
-    {
-        **{name: template.count("{}") for name, template in fx.graph.magic_methods.items()},
-        **{name: template.count("{}") for name, template in fx.graph.inplace_methods.items()},
-    }
-)
-
-
-def check_call(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """The rules for calls that torch.fx writes as Python syntax instead of a function call.
-
-    Raises:
-        GraphFormatError: getattr of anything but a known attribute of a node, or an operator with too few or too many
-            arguments.
-    """
-    if target is getattr:
-        known = len(args) == 2 and isinstance(args[1], str) and args[1] in _ATTRIBUTES
-        if not known or kwargs or not isinstance(args[0], fx.Node):
-            raise GraphFormatError(
-                f"getattr reads {show(args[1] if len(args) > 1 else None)}; it may be {allowed_calls.ATTRIBUTES}, "
-                "of a node"
-            )
-    elif getattr(target, "__module__", None) == "_operator":
-        name = target.__name__
-        wanted = _ARITY.get(name)
-        if wanted is not None and (len(args) != wanted or kwargs):
-            raise GraphFormatError(
-                f"operator.{name} takes {wanted} arguments, not {len(args)} and {len(kwargs)} by name"
-            )
-        if name in fx.graph.inplace_methods and not isinstance(args[0], fx.Node):
-            raise GraphFormatError(f"operator.{name} writes into {show(args[0])}, which is no node")
-
-
-def check_method(name: Any, args: tuple[Any, ...]) -> None:
-    """A method on the list, called on a node.
-
-    Raises:
-        GraphFormatError: neither.
-    """
-    if not is_method(name):
-        raise GraphFormatError(f"it calls the method {show(name)}, which is not among those a stored graph may call")
-    if not args or not isinstance(args[0], fx.Node):
-        raise GraphFormatError(f"it calls .{name} on {show(args[0] if args else None)}; a method needs a node")

@@ -13,8 +13,9 @@ from torch.fx.graph import CodeGen, _PyTreeCodeGen, _PyTreeInfo
 
 from mono_quant_fx import graph
 from mono_quant_fx.annotation import QuantAnnotation, set_annotation
+from mono_quant_fx.call_checks import check_call, check_method
 from mono_quant_fx.errors import GraphFormatError
-from mono_quant_fx.graph_ops import check_call, check_method, function_of
+from mono_quant_fx.graph_ops import function_of
 from mono_quant_fx.graph_writer import FORMAT, VERSION
 from mono_quant_fx.guards import GuardsFn
 from mono_quant_fx.json_values import fields, items, need, record_from_json, show, value_from_json, within
@@ -220,7 +221,7 @@ def _resolve(
         check_call(function, args, kwargs)
         return function
     if op == "call_method":
-        check_method(target, args)
+        check_method(target, args, kwargs)
         return target
     if op == "call_module":
         need(isinstance(graph.get_attribute(gm, target), nn.Module), "its target", target, "it is no module")

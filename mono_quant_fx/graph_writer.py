@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._ops import OpOverload
 from torch.fx.graph import CodeGen, _PyTreeCodeGen
 
 from mono_quant_fx import graph
+from mono_quant_fx.allowed_aten import WAYS_OUT
 from mono_quant_fx.annotation import get_annotation
 from mono_quant_fx.errors import NotSelfContainedError
 from mono_quant_fx.graph_ops import function_name, is_method
@@ -160,14 +162,29 @@ def _target(node: fx.Node) -> str:
         return str(node.target)
     name = function_name(node.target)
     if name is None:
-        kind = getattr(node.target, "__module__", None), getattr(node.target, "__qualname__", None)
-        spelled = str(node.target) if None in kind else ".".join(map(str, kind))
-        spelled = str(node.target) if isinstance(node.target, torch._ops.OpOverload) else spelled
         raise NotSelfContainedError(
-            f"it calls {spelled}, which a stored graph may not call: only the plain functions of torch, operator and "
-            'math can be found again by name; write it in terms of those, or capture with method="export"'
+            f"it calls {_spelled(node.target)}, which a stored graph may not call: {_way_out(node.target)}"
         )
     return name
+
+
+def _spelled(target: Any) -> str:
+    kind = getattr(target, "__module__", None), getattr(target, "__qualname__", None)
+    return str(target) if isinstance(target, OpOverload) or None in kind else ".".join(map(str, kind))
+
+
+def _way_out(target: Any) -> str:
+    if not isinstance(target, OpOverload) or target.namespace != "aten":
+        return (
+            "only the plain functions of torch, operator and math can be found again by name; write it in terms of "
+            'those, or capture with method="export"'
+        )
+    name = target._schema.name.removeprefix("aten::")
+    return next(
+        (way for names, way in WAYS_OUT.items() if name in names.split()),
+        "a file from a stranger could reach memory that is not its own through it, or nobody has looked at it; compute "
+        "it another way, or save without graph=True and load with the model",
+    )
 
 
 def _codegen(codegen: CodeGen) -> dict[str, Any] | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import reprlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -24,10 +24,15 @@ T = TypeVar("T")
 MAX_DEPTH = 32
 _LONGEST_INTEGER = 64
 
-DTYPES = {str(v)[6:]: v for v in vars(torch).values() if isinstance(v, torch.dtype)}
-_LAYOUTS = {str(v)[6:]: v for v in vars(torch).values() if isinstance(v, torch.layout)}
+#: Quantized types need a quantizer that no file holds; those of fewer than 8 bits have no kernels.
+_WORDS = (
+    "float16 bfloat16 float32 float64 float8_e4m3fn float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz float8_e8m0fnu int8 "
+    "int16 int32 int64 uint8 uint16 uint32 uint64 bool complex32 complex64 complex128"
+)
+DTYPES = {name: getattr(torch, name) for name in _WORDS.split() if hasattr(torch, name)}
+_LAYOUTS = {"strided": torch.strided}
 _MEMORY_FORMATS = {str(v)[6:]: v for v in vars(torch).values() if isinstance(v, torch.memory_format)}
-_DEVICES = ("cpu", "cuda", "meta", "mps", "xpu")
+_DEVICES = ("cpu", "cuda", "mps", "xpu")
 _FLOATS = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
 
 
@@ -114,10 +119,17 @@ def _plain_to_json(value: Any) -> Any:
         return {"ellipsis": True}
     for key, known in (("dtype", DTYPES), ("layout", _LAYOUTS), ("memory_format", _MEMORY_FORMATS)):
         if isinstance(value, type(next(iter(known.values())))):
-            return {key: str(value)[6:]}
+            return {key: _known(str(value)[6:], known, key)}
     if isinstance(value, torch.device):
+        _known(value.type, _DEVICES, "device")
         return {"device": str(value)}
     return NotImplemented
+
+
+def _known(name: str, known: Container[str], what: str) -> str:
+    if name not in known:
+        raise NotSelfContainedError(f"it has the {what} {name} as an argument, which a stored graph may not name")
+    return name
 
 
 def _parts(value: Any) -> list[Any]:

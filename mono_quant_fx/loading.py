@@ -105,7 +105,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> Quanti
     file = open_tensors(path)
     header = read_header(file)
     if model is None:
-        gm = _own_graph(file, header)
+        gm = own_graph(file, header)
     else:
         _check_type(model)
         float_graph = capture(model) if isinstance(model, fx.GraphModule) else capture_again(model, header.capture)
@@ -184,7 +184,12 @@ def _look(shape: Any, dtype: torch.dtype) -> str:
     return f"{str(dtype).removeprefix('torch.')}{list(shape)}"
 
 
-def _own_graph(file: Tensors, header: Header) -> fx.GraphModule:
+def own_graph(file: Tensors, header: Header) -> fx.GraphModule:
+    """The graph that a file holds, with its tensors.
+
+    Raises:
+        PlanError: it holds none. GraphFormatError, FileFormatError: what it holds breaks a rule.
+    """
     if header.graph is None:
         raise PlanError(f"{file.path} holds no graph: pass the float model, load(path, model), or save with graph=True")
     parts = {part for names in header.stacked.values() for part in names}

@@ -1,4 +1,4 @@
-"""Everything that can be wrong with a saved model's tensors, found without building the model."""
+"""Everything that can be wrong with a saved model's tensors and graph, found without running the model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from mono_quant_fx.annotation import QuantAnnotation
-from mono_quant_fx.loading import Header, read_header
+from mono_quant_fx.errors import FileFormatError, GraphFormatError
+from mono_quant_fx.loading import Header, own_graph, read_header
 from mono_quant_fx.numerics import code_range, num_groups
 from mono_quant_fx.saving import DIGESTS
 from mono_quant_fx.surroundings import in_plain_surroundings
@@ -197,22 +198,27 @@ def _check_names(file: TensorFile, header: Header, owned: set[str]) -> Iterator[
         base = next((name.removesuffix(end) for end in STORED if name.endswith(end)), None)
         if base is not None and (base in planned or f"{base}_packed" in file.entries):
             yield Problem(name, "is unknown; no weight of the plan is stored so")
-    yield from _check_graph_names(file, header)
+    yield from _check_graph(file, header)
     for name in sorted(lowered & file.entries.keys() - owned):
         yield Problem(name, "is unknown; the plan stores this weight as codes, and here is a float tensor besides")
 
 
-def _check_graph_names(file: TensorFile, header: Header) -> Iterator[Problem]:
-    """A graph in the file lists its tensors: these, and no others, are there."""
-    records = header.graph.get("tensors") if isinstance(header.graph, dict) else None
-    if not isinstance(records, dict):
+def _check_graph(file: TensorFile, header: Header) -> Iterator[Problem]:
+    """A graph in the file lists its tensors, these and no others are there, and load would take what it calls."""
+    if header.graph is None:
         return
-    names = [str(name) for name in records]
+    records = header.graph.get("tensors") if isinstance(header.graph, dict) else None
+    names = list(map(str, records)) if isinstance(records, dict) else []
     read = {own for name in names for own in header.stacked.get(name, [header.tied.get(name, name)])}
     for name in sorted(read - file.entries.keys()):
         yield Problem(name, "is missing; the graph in the file reads it")
-    for name in sorted(file.entries.keys() - read - {DIGESTS}):
+    for name in sorted(file.entries.keys() - read - {DIGESTS} if names else ()):
         yield Problem(name, "is unknown; the graph in the file does not read it")
+    if read <= file.entries.keys():
+        try:
+            own_graph(file, header)
+        except (GraphFormatError, FileFormatError) as error:
+            yield Problem("graph", f"cannot be loaded: {' '.join(str(error).split())[:400]}")
 
 
 def _check_table(header: Header) -> Iterator[Problem]:
