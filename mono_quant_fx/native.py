@@ -147,7 +147,7 @@ class Linear:
         group_size: -1, or a positive multiple of 8, however large.
     """
 
-    __slots__ = ("_columns", "_entry", "_outputs", "_weight")
+    __slots__ = ("_columns", "_entry", "_weight", "outputs")
 
     def __init__(
         self,
@@ -159,12 +159,12 @@ class Linear:
     ):
         packed, scale, zero_point = stored
         self._entry = _entry(f"mq_{kernel}")
-        self._columns, self._outputs = columns, packed.shape[0]
+        self._columns, self.outputs = columns, packed.shape[0]
         self._weight = _WEIGHT.pack(
             packed.data_ptr(), scale.data_ptr(),
             0 if zero_point is None else zero_point.data_ptr(),
             0 if bias is None else bias.data_ptr(),
-            columns, self._outputs, _group(group_size, columns), TYPES[scale.dtype],
+            columns, self.outputs, _group(group_size, columns), TYPES[scale.dtype],
             0 if bias is None else TYPES[bias.dtype],
         )  # fmt: skip
 
@@ -179,7 +179,7 @@ class Linear:
         Raises:
             MemoryError: the scratch (4 MiB of x in another order, a panel) does not fit.
         """
-        columns, outputs = self._columns, self._outputs
+        columns, outputs = self._columns, self.outputs
         rows = out.numel() // outputs
         call = _CALL.pack(
             x.data_ptr(), out.data_ptr(), rows, columns if x.is_contiguous() else x.stride(-2), outputs,

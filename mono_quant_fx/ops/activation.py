@@ -79,10 +79,16 @@ def _dequantize_fake(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
 
 
 quantize_activation = register(
-    "quantize_activation(Tensor x, Tensor input_scale, Tensor input_zero_point) -> Tensor", _quantize, _quantize_fake
+    "quantize_activation(Tensor x, Tensor input_scale, Tensor input_zero_point) -> Tensor",
+    _quantize,
+    _quantize_fake,
+    derivatives=None,
+    leading=True,
 )
 dequantize_activation = register(
     "dequantize_activation(Tensor x, Tensor input_scale, Tensor input_zero_point) -> Tensor",
     _dequantize,
     _dequantize_fake,
+    derivatives={},
+    leading=True,
 )

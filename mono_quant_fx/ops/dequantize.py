@@ -85,10 +85,12 @@ dequantize_int4 = register(
     _int4,
     _int4_fake,
     cpu=_int4_cpu,
+    derivatives={},
 )
 dequantize_int8 = register(
     "dequantize_int8(Tensor weight, Tensor weight_scale, Tensor? weight_zero_point) -> Tensor",
     _int8,
     _int8_fake,
     cpu=_int8_cpu,
+    derivatives={},
 )

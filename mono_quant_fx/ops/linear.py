@@ -15,6 +15,7 @@ from torch import Tensor
 from mono_quant_fx import numerics
 from mono_quant_fx.ops import ways
 from mono_quant_fx.ops.dequantize import check_int4, check_int8, dequantize_int4, dequantize_int8
+from mono_quant_fx.ops.derivative import Derivative, Given
 from mono_quant_fx.ops.operands import FLOATS, check_bias, check_compute, check_places
 from mono_quant_fx.ops.registry import register
 
@@ -124,57 +125,38 @@ def _int8_fake(x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | No
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-def _gradients(grad: Tensor, needs: tuple[bool, ...], bias_at: int, weight: Callable[[], Tensor]) -> list[Any]:
-    """One entry an argument: d/dx = grad @ W and d/dbias = the sum of grad over all leading dimensions."""
-    grads: list[Any] = [None] * len(needs)
-    if needs[0]:
-        grads[0] = grad @ weight().to(grad.dtype)
-    if needs[bias_at]:
-        grads[bias_at] = grad.reshape(-1, grad.shape[-1]).sum(0)
-    return grads
+def _by_x(matrix: Callable[[Given], Tensor]) -> Derivative:
+    """Of x @ W.T with respect to x."""
+    return Derivative(
+        lambda given, grad: grad @ matrix(given).to(grad.dtype),
+        lambda given, tangent: tangent @ matrix(given).to(tangent.dtype).t(),
+    )
 
 
-def _int4_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, packed, scale, zero_point, _, group_size, *_ = inputs
-    ctx.save_for_backward(packed, scale, zero_point)
-    ctx.group_size, ctx.columns = group_size, x.shape[-1]
+def _int4_matrix(given: Given) -> Tensor:
+    shape, packed, scale, zero_point, _, group_size, *_ = given
+    return dequantize_int4(packed, scale, zero_point, group_size, shape[-1])
 
 
-def _int4_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    packed, scale, zero_point = ctx.saved_tensors
-    return tuple(
-        _gradients(
-            grad, ctx.needs_input_grad, 4,
-            lambda: dequantize_int4(packed, scale, zero_point, ctx.group_size, ctx.columns),
-        )
-    )  # fmt: skip
-
-
-def _int8_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[1:4])
-
-
-def _int8_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    stored = ctx.saved_tensors
-    return tuple(_gradients(grad, ctx.needs_input_grad, 4, lambda: dequantize_int8(*stored)))
-
+#: Of ... + bias, along the last dimension, with respect to bias.
+BY_BIAS = Derivative(lambda given, grad: grad, lambda given, tangent: tangent)
 
 int4_linear = register(
     "int4_linear(Tensor x, Tensor weight_packed, Tensor weight_scale, Tensor? weight_zero_point, Tensor? bias, "
     "int group_size, str compute='auto') -> Tensor",
     _int4,
     _int4_fake,
-    _int4_backward,
-    _int4_setup,
     _int4_cpu,
+    {0: _by_x(_int4_matrix), 4: BY_BIAS},
+    leading=True,
     autocast=(0, 4),
 )
 int8_linear = register(
     "int8_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? weight_zero_point, Tensor? bias) -> Tensor",
     _int8,
     _int8_fake,
-    _int8_backward,
-    _int8_setup,
     _int8_cpu,
+    {0: _by_x(lambda given: dequantize_int8(*given[1:4])), 4: BY_BIAS},
+    leading=True,
     autocast=(0, 4),
 )

@@ -66,10 +66,10 @@ def conv(x: Codes, weight: QuantizedWeight, bias: Tensor | None, window: Window)
 
     def prepack() -> Tensor:
         whole = codes.contiguous().view(len(codes), -1, *window.size)
-        scale, zero_point = float(x.scale), int(x.zero_point) + 128
+        scale, zero_point = x.scale.item(), x.zero_point.item() + 128
         return torch.ops.onednn.qconv_prepack(whole, weight.weight_scale[:, 0].float(), scale, zero_point, *at, None)
 
-    packed = _packed(codes, f"{window} {x.codes.shape[1]} {int(x.zero_point)}", prepack)
+    packed = _packed(codes, f"{window} {x.codes.shape[1]} {x.zero_point.item()}", prepack)
     dtype = weight.weight_scale.dtype
     out = torch.ops.onednn.qconv_pointwise(
         *_scaled(x, packed, weight, bias), *at, 1.0, 0, _WRITTEN[dtype], "none", [], ""
@@ -83,7 +83,7 @@ def _scaled(x: Codes, packed: Tensor, weight: QuantizedWeight, bias: Tensor | No
     scale = weight.weight_scale[:, 0].float()
     zeros = torch.zeros(len(scale), dtype=torch.int64)
     bias = None if bias is None else bias.float()
-    return unsigned, float(x.scale), int(x.zero_point) + 128, packed, scale, zeros, bias
+    return unsigned, x.scale.item(), x.zero_point.item() + 128, packed, scale, zeros, bias
 
 
 def _packed(codes: Tensor, use: str, prepack: Callable[[], Tensor]) -> Tensor:

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch._library.autograd import Info, make_autograd_impl  # what torch.library.register_autograd calls
+
+from mono_quant_fx.ops.derivative import Derivative, differentiated, vectorized
 
 NAMESPACE = "mono_quant_fx"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
@@ -16,15 +17,16 @@ def register(
     schema: str,
     reference: Callable[..., Any],
     fake: Callable[..., Any],
-    backward: Callable[..., Any] | None = None,
-    setup_context: Callable[..., None] | None = None,
     cpu: Callable[..., Any] | None = None,
+    derivatives: dict[int, Derivative] | None = None,
+    leading: bool = False,
     autocast: tuple[int, ...] = (),
 ) -> torch._ops.OpOverload:
     """Defines `schema` ("name(Tensor x, ...) -> Tensor") with its reference for all devices; returns the overload.
 
-    `cpu` is the implementation for that device, where it is another. Where autocast is on, it casts the arguments at
-    `autocast`, as it does with those of the float op, and stays out of what happens inside.
+    `cpu` is the implementation for that device, where it is another. `derivatives` are by the places of arguments (see
+    derivative.py), `leading` says that x may have any leading dimensions. Where autocast is on, it casts the arguments
+    at `autocast`, as it does with those of the float op, and stays out of what happens inside.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
@@ -33,32 +35,11 @@ def register(
         _LIBRARY.impl(name, cpu, "CPU")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
-    if backward is not None:
-        with_gradient = make_autograd_impl(op, Info(backward, setup_context))
-        _LIBRARY.impl(name, _without_detour(with_gradient, cpu or reference), "Autograd", with_keyset=True)
+    _LIBRARY.impl(name, differentiated(op, cpu or reference, derivatives), "Autograd", with_keyset=True)
+    torch.library.register_vmap(f"{NAMESPACE}::{name}", vectorized(op, leading), lib=_LIBRARY)
     for device in ("CPU", "CUDA"):
         _LIBRARY.impl(name, _casting(op, autocast, device.lower()), f"Autocast{device}")
     return op
-
-
-def _without_detour(with_gradient: Callable[..., Any], cpu: Callable[..., Any]) -> Callable[..., Any]:
-    """torch.library.register_autograd's kernel, but for the call that is the most frequent and has the least to do.
-
-    Where nothing wants a gradient and the dispatcher's next stop is the CPU's implementation, it is called at once:
-    going back through the dispatcher takes 4 us, as long as the whole product of a small layer.
-    """
-
-    known: dict[int, bool] = {}  # a keyset, as a number -> whether the CPU is next
-
-    def kernel(keyset: torch._C.DispatchKeySet, *arguments: Any) -> Any:
-        keys = keyset.raw_repr()
-        if keys not in known:
-            known[keys] = (keyset & torch._C._after_autograd_keyset).highestPriorityTypeId() == torch._C.DispatchKey.CPU
-        if known[keys] and not (torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)):
-            return cpu(*arguments)
-        return with_gradient(keyset, *arguments)
-
-    return kernel
 
 
 def _casting(op: torch._ops.OpOverload, at: tuple[int, ...], device: str) -> Callable[..., Any]:

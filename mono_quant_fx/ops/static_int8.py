@@ -1,4 +1,4 @@
-"""Ops on INT8 activations: w8a8_linear, w8a8_conv (INT8 weights), w4a8_linear (INT4 weights). No gradients.
+"""Ops on INT8 activations: w8a8_linear, w8a8_conv (INT8 weights), w4a8_linear (INT4 weights). The bias has a gradient.
 
 x holds the codes of quantize_activation. The reference dequantizes both sides and computes in float32; where oneDNN's
 INT8 kernels can run, w8a8 does, and the two differ by float32 rounding alone (docs/numerics.md has the tolerance).
@@ -18,7 +18,8 @@ from mono_quant_fx.numerics import QuantizedWeight
 from mono_quant_fx.ops import onednn
 from mono_quant_fx.ops.activation import Codes
 from mono_quant_fx.ops.dequantize import check_int4, check_int8
-from mono_quant_fx.ops.linear import int4_linear
+from mono_quant_fx.ops.derivative import Derivative
+from mono_quant_fx.ops.linear import BY_BIAS, int4_linear
 from mono_quant_fx.ops.operands import check_bias, check_compute
 from mono_quant_fx.ops.registry import register
 from mono_quant_fx.ops.window import Window
@@ -147,21 +148,32 @@ def _check_conv(x: Codes, weight: QuantizedWeight, bias: Tensor | None, window: 
     window.check(x.codes.shape, rows, columns)
 
 
+#: The same in a convolution, whose channels stand before its sizes.
+_BY_CHANNEL = Derivative(
+    lambda given, grad: grad.movedim(-1 - len(given[7]), -1),
+    lambda given, tangent: tangent.view(-1, *[1] * len(given[7])),
+)
+
 _INPUT = "Tensor x, Tensor input_scale, Tensor input_zero_point"
 w8a8_linear = register(
     f"w8a8_linear({_INPUT}, Tensor weight, Tensor weight_scale, Tensor? weight_zero_point, Tensor? bias) -> Tensor",
     _linear,
     _linear_fake,
+    derivatives={6: BY_BIAS},
+    leading=True,
 )
 w4a8_linear = register(
     f"w4a8_linear({_INPUT}, Tensor weight_packed, Tensor weight_scale, Tensor? weight_zero_point, Tensor? bias, "
     "int group_size, str compute='auto') -> Tensor",
     _int4_linear,
     _int4_linear_fake,
+    derivatives={6: BY_BIAS},
+    leading=True,
 )
 w8a8_conv = register(
     f"w8a8_conv({_INPUT}, Tensor weight, Tensor weight_scale, Tensor? weight_zero_point, Tensor? bias, "
     "int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups) -> Tensor",
     _conv,
     _conv_fake,
+    derivatives={6: _BY_CHANNEL},
 )

@@ -109,10 +109,10 @@ class _Plan:
 
 def _memory(packed: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None) -> tuple[Any, ...]:
     """Where they lie and what they look like there: `tensor.data = ...` changes it."""
-    found: tuple[Any, ...] = (packed.data_ptr(), packed.shape, scale.data_ptr(), scale.shape, scale.dtype)
+    found: tuple[Any, ...] = (packed.data_ptr(), packed.shape, scale.data_ptr(), scale.nbytes, scale.dtype)
     if zero_point is not None:
-        found += (zero_point.data_ptr(), zero_point.shape)
-    return found if bias is None else (*found, bias.data_ptr(), bias.shape, bias.dtype)
+        found += (zero_point.data_ptr(), zero_point.nbytes)
+    return found if bias is None else (*found, bias.data_ptr(), bias.nbytes, bias.dtype)
 
 
 def linear(
@@ -135,7 +135,7 @@ def linear(
     product = plan.product
     if product is None:
         return None
-    outputs = packed.shape[0]
+    outputs = product.outputs
     out = x.new_empty(*x.shape[:-1], outputs)
     if out.numel():
         if not x.data_ptr():
