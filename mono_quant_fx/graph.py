@@ -14,6 +14,7 @@ from mono_quant_fx import copying
 from mono_quant_fx.errors import PassError
 from mono_quant_fx.ops.registry import is_ours
 from mono_quant_fx.this_thread import unheard
+from mono_quant_fx.weight_table import PURE
 
 #: The key of node.meta that provenance.py keeps.
 HISTORY = "mono_quant_fx_history"
@@ -137,10 +138,13 @@ def drop_unused(gm: fx.GraphModule) -> None:
 
 
 def drop_dead_code(gm: fx.GraphModule) -> None:
-    """Erases unused constants and unused calls that torch declares free of side effects; a user's own calls stay."""
+    """Erases unused constants and unused calls that are free of side effects by torch's schemas; a user's own stay.
+
+    So do torch's functions, which have no schema, but for linears and convolutions.
+    """
 
     def impure(node: fx.Node) -> bool:
-        if node.op == "get_attr":
+        if node.op == "get_attr" or (node.target in PURE and "out" not in node.kwargs):
             return False
         return not isinstance(node.target, torch._ops.OpOverload) or node.is_impure()
 

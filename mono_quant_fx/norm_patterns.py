@@ -19,7 +19,7 @@ from mono_quant_fx.graph import op_name
 REACH = 12
 
 _CASTS = {"to", "_to_copy", "float", "half", "bfloat16", "double", "type", "type_as", "clone", "contiguous", "detach"}
-_SHAPES = {"view", "reshape", "unsqueeze", "squeeze", "expand", "expand_as", "getitem"}
+_SHAPES = {"view", "reshape", "unsqueeze", "squeeze", "expand", "expand_as", "getitem", "slice"}
 _PRODUCTS = {"mul", "multiply", "div", "divide", "truediv", "true_divide"}
 _SUMS = {"add", "sub", "subtract", "rsub"}
 _POWERS = {"rsqrt", "sqrt", "pow", "square", "reciprocal", "clamp", "clamp_min", "maximum", "max"}

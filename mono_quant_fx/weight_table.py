@@ -118,6 +118,9 @@ def _norms() -> dict[Any, tuple[WeightOp, ...]]:
 
 WEIGHT_OPS = {**_linears(), **_embeddings(), **_convolutions(), **_norms()}
 
+#: Ops that do nothing but compute: without a reader, they can go.
+PURE = frozenset((*_linears(), *_convolutions())) - {"addmm", "matmul", "mm", "__matmul__"}
+
 #: Module classes whose forward is one call of the table; symbolic capture looks inside them.
 WEIGHT_MODULES = (
     nn.Linear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag,

@@ -35,7 +35,8 @@ class SkipAnnotation(Pass):
     name: ClassVar[str] = "skip-annotation"
 
     def rewrite(self, gm: fx.GraphModule) -> None:
-        """Annotates; weights that are lowered already keep what they have."""
+        """Annotates; weights that are lowered already keep what they have. A use that is dead decides nothing."""
+        graph.drop_dead_code(gm)
         weights, hidden = find_weights(gm), hidden_weights(gm)
         lowered = [a for _, a in annotated(gm) if a.lowered]
         if self.whole and not lowered and (weights or hidden):
