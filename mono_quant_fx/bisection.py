@@ -10,16 +10,19 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, fx
 
 from mono_quant_fx import graph
 from mono_quant_fx.bisection_report import Bisection, BisectionStep, Suspect
-from mono_quant_fx.data import Batch, Prepare, collect, leaves
+from mono_quant_fx.collection import collect, cut
+from mono_quant_fx.data import Batch, Prepare, leaves
 from mono_quant_fx.errors import CalibrationError, ConfigError, PreconditionError
 from mono_quant_fx.lockstep import Lockstep
 from mono_quant_fx.metrics import ErrorSum
+from mono_quant_fx.noise import Noise
 from mono_quant_fx.run import run_batch
 from mono_quant_fx.state import writes, written
 from mono_quant_fx.surroundings import in_plain_surroundings
@@ -61,7 +64,7 @@ def bisect(
         raise PreconditionError(
             f"bisect: a GraphModule is needed, not {type(gm).__name__}; mq.capture(model) makes one"
         )
-    batches, samples = collect(data, 1 << 62, prepare_batch)
+    batches, samples = collect(data, None, prepare_batch)
     _check_reference(gm, batches)
     steps: list[BisectionStep] = []
     found: tuple[fx.GraphModule, fx.GraphModule] | None = None
@@ -113,8 +116,8 @@ def _compare(a: fx.GraphModule, b: fx.GraphModule, batches: list[Batch], local_a
                 _add(errors.local[node.name], expected, local)
 
     plan = Lockstep(_isolated(a), _isolated(b), local_at)
-    for number, batch in enumerate(batches):
-        plan.run(batch, number, visit)
+    for batch in batches:
+        plan.run(batch, visit)
     return errors
 
 
@@ -135,7 +138,7 @@ def _blame(
     order = list(nodes)
     worst = [n for n in order if own.get(n, math.inf) < math.inf]
     if len(worst) > MOST_SUSPECTS:
-        few = _carried(before, after, [batches[0].first(FEW_SAMPLES)], worst)
+        few = _carried(before, after, cut(batches[:1], FEW_SAMPLES, before)[0], worst)
         worst = sorted(worst, key=lambda n: (few[n], order.index(n)))[:MOST_SUSPECTS]
     alone = _carried(before, after, batches, worst)
     suspects = [
@@ -153,15 +156,16 @@ def _carried(before: fx.GraphModule, after: fx.GraphModule, batches: list[Batch]
     twins = {name: _isolated(before) if is_stateful else exact for name in names}
     errors = {name: ErrorSum() for name in names}
     plan = Lockstep(_isolated(before), _isolated(after), set(names))
-    for number, batch in enumerate(batches):
-        expected = run_batch(exact, batch, number)
+    noise = Noise()
+    for batch in batches:
+        expected = noise.first("", partial(run_batch, exact, batch))
 
         def visit(node: fx.Node, _: Any, __: Any, local: Any, batch: Batch = batch, expected: Any = expected) -> None:
             if local is not None:
-                actual = run_batch(twins[node.name], batch, replaced={node.name: local})
-                _add(errors[node.name], expected, actual)
+                again = partial(run_batch, twins[node.name], batch, replaced={node.name: local})
+                _add(errors[node.name], expected, noise.again("", again))
 
-        plan.run(batch, number, visit)
+        plan.run(batch, visit)
     return {name: _db(total) for name, total in errors.items()}
 
 

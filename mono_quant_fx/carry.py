@@ -30,6 +30,7 @@ class Carry:
     def __init__(self, gm: fx.GraphModule, batches: list[Batch], replaced: Callable[[fx.Node], Tensor | None]):
         self.gm, self.replaced = gm, replaced
         self.inputs = [iter(batch.bind(gm)) for batch in batches]
+        self.batches = batches
         self.constant = graph.constant_nodes(gm, written(gm))
         self.values: dict[fx.Node, list[Any]] = {}
         self.left = Counter(a for n in gm.graph.nodes for a in n.all_input_nodes)
@@ -42,6 +43,7 @@ class Carry:
         """
         twin = object.__new__(Carry)
         twin.gm, twin.replaced, twin.inputs, twin.constant = self.gm, self.replaced, self.inputs, self.constant
+        twin.batches = self.batches
         twin.values = dict(zip(self.values, copy.deepcopy(list(self.values.values())), strict=True))
         twin.left = self.left.copy()
         return twin
@@ -71,7 +73,7 @@ class Carry:
             return constants[source]
 
         found = [
-            execute(self.gm, node, lambda s, i=i: value_of(s, i), inputs, i)  # type: ignore[misc]
+            execute(self.gm, node, lambda s, i=i: value_of(s, i), inputs, self.batches[i])  # type: ignore[misc]
             for i, inputs in enumerate(self.inputs)
         ]
         self.put(node, found)
@@ -89,4 +91,4 @@ class Carry:
     def constant_value(self, node: fx.Node) -> Any:
         """A constant, or what is computed from constants."""
         value = self.replaced(node)
-        return execute(self.gm, node, self.constant_value, iter(()), 0) if value is None else value
+        return execute(self.gm, node, self.constant_value, iter(()), Batch()) if value is None else value

@@ -137,7 +137,11 @@ def _add_quantize(commands: argparse._SubParsersAction[_Parser]) -> None:
         help="safetensors; the tensors are named after forward's parameters, dim 0 is samples",
     )  # fmt: skip
     command.add_argument(
-        "--batch-size", type=_count, default=32, metavar="N", help="samples a batch of it (default: %(default)s)"
+        "--evaluation-data", type=Path, metavar="FILE",
+        help="in the same form: what the result is judged on; without, a part of the calibration data is held out",
+    )  # fmt: skip
+    command.add_argument(
+        "--batch-size", type=_count, default=32, metavar="N", help="samples a batch (default: %(default)s)"
     )
     command.add_argument(
         "--example", type=Path, metavar="FILE", help="inputs for capture, in the same form; without, the first batch"

@@ -96,6 +96,8 @@ def compare_report(paths: tuple[Path, Path], a: AccuracyTable, b: AccuracyTable)
         f"weights: {kib(a.bytes_after) or 0} KiB -> {kib(b.bytes_after) or 0} KiB; model output SQNR: "
         f"{_figure(a.output_sqnr_db)} -> {_figure(b.output_sqnr_db)}" + ("" if output is None else f" ({output:+.1f})")
     )
+    if a.samples and b.samples and a.measured_on != b.measured_on:
+        total += f"; A is measured on {printable(_origin(a))}, B on {printable(_origin(b))}"
     data: dict[str, Any] = {
         "a": {"file": str(paths[0]), **_total(a)},
         "b": {"file": str(paths[1]), **_total(b)},
@@ -103,6 +105,10 @@ def compare_report(paths: tuple[Path, Path], a: AccuracyTable, b: AccuracyTable)
         "rows": [_data(pair) for pair in found],
     }
     return Report(Grid("", columns, body), data, (f"A: {paths[0]}\nB: {paths[1]}",), (total,))
+
+
+def _origin(table: AccuracyTable) -> str:
+    return table.measured_on or "data that the file does not name"
 
 
 def loss_verdict(a: AccuracyTable, b: AccuracyTable, most: float | None) -> str | None:
@@ -150,7 +156,12 @@ def _data(pair: Difference) -> dict[str, Any]:
 
 
 def _total(table: AccuracyTable) -> dict[str, Any]:
-    return {"bytes_after": table.bytes_after, "output_sqnr_db": table.output_sqnr_db, "samples": table.samples}
+    return {
+        "bytes_after": table.bytes_after,
+        "output_sqnr_db": table.output_sqnr_db,
+        "samples": table.samples,
+        "measured_on": table.measured_on,
+    }
 
 
 def _figure(value: float | None) -> str:

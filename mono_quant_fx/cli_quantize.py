@@ -7,7 +7,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from mono_quant_fx.cli_inputs import batches, load_checkpoint, make_model, read_inputs
 from mono_quant_fx.cli_options import config_fields
@@ -22,7 +22,7 @@ from mono_quant_fx.streaming import quantize_checkpoint
 
 def run_quantize(options: argparse.Namespace) -> tuple[Report, str | None]:
     """The report, and why the result was not written: it is below the threshold that was given."""
-    _check_target(options.out, [options.checkpoint, options.calibration, options.example])
+    _check_target(options.out, [options.checkpoint, options.calibration, options.evaluation_data, options.example])
     config = QuantConfig(**config_fields(options))
     if not options.checkpoint.exists():
         raise CommandError(f"{options.checkpoint}: there is no such file or folder")
@@ -30,24 +30,31 @@ def run_quantize(options: argparse.Namespace) -> tuple[Report, str | None]:
     if any(tensor.is_meta for _, tensor in named_tensors(model)):
         return _stream(options, model, config)
     load_checkpoint(model, options.checkpoint)
-    data = None
-    if options.calibration is not None:
-        data = batches(read_inputs("--calibration", options.calibration, model), options.batch_size)
     example = read_inputs("--example", options.example, model) if options.example is not None else None
-    result = quantize(model, example, calibration_data=data, config=config)
+    result = quantize(
+        model,
+        example,
+        calibration_data=_data("--calibration", options.calibration, model, options.batch_size),
+        evaluation_data=_data("--evaluation-data", options.evaluation_data, model, options.batch_size),
+        config=config,
+    )
     below = verdict(result.accuracy, options.fail_below_db)
     if below is None:
         save(result, options.out, graph=options.graph)
     return result_report(result), None if below is None else f"{below}; {options.out} is not written"
 
 
+def _data(option: str, path: Path | None, model: nn.Module, batch_size: int) -> list[dict[str, Tensor]] | None:
+    return None if path is None else batches(read_inputs(option, path, model), batch_size)
+
+
 def _stream(options: argparse.Namespace, model: nn.Module, config: QuantConfig) -> tuple[Report, str | None]:
     """Weight by weight, for a model without values; beside the target first, since it may be below the threshold."""
-    for name in ("calibration", "graph"):
+    for name in ("calibration", "evaluation_data", "graph"):
         if getattr(options, name):
             raise CommandError(
-                f"--{name}: {options.model} is on the meta device, and its checkpoint is quantized weight by weight; "
-                "build the model on the CPU, with values"
+                f"--{name.replace('_', '-')}: {options.model} is on the meta device, and its checkpoint is quantized "
+                "weight by weight; build the model on the CPU, with values"
             )
     example = read_inputs("--example", options.example, model) if options.example is not None else None
     with tempfile.TemporaryDirectory(prefix=".mono-quant-fx.", dir=options.out.parent) as folder:

@@ -11,7 +11,7 @@ from mono_quant_fx.cli_text import CommandError, Grid, Part, Report, cleaned, pr
 from mono_quant_fx.config import QuantConfig
 from mono_quant_fx.loading import Header, read_header
 from mono_quant_fx.records import to_plain
-from mono_quant_fx.result import QuantizationInfo, QuantizationResult
+from mono_quant_fx.result import QuantizationInfo, QuantizationResult, output_figure
 from mono_quant_fx.saving import DIGESTS, KEY
 from mono_quant_fx.table import AccuracyRow, AccuracyTable, kib
 from mono_quant_fx.tensor_file import TensorFile
@@ -56,15 +56,23 @@ def result_report(result: QuantizationResult) -> Report:
 
 def model_report(table: AccuracyTable, info: QuantizationInfo, config: QuantConfig) -> Report:
     """The table, and the figures below it."""
-    shown = dataclasses.replace(table, rows=tuple(map(cleaned, table.rows)))
-    output = "not measured (no calibration data)" if info.sqnr_db is None else f"{info.sqnr_db:.1f} dB"
+    shown = dataclasses.replace(
+        cleaned(table), rows=tuple(map(cleaned, table.rows)), outputs=tuple(map(cleaned, table.outputs))
+    )
+    output = output_figure(shown) if table.samples else "not measured (no calibration or evaluation data)"
     summary = (
         f"{len(info.quantized_layers)} layers quantized, {len(info.skipped_layers)} skipped; "
         f"{size(info.original_bytes)} -> {size(info.quantized_bytes)} ({info.compression_ratio:.2f}x); "
         f"model output SQNR: {output}"
     )
     rows = [dataclasses.asdict(row) for row in table.rows]
-    totals = {"bytes_before": table.bytes_before, "bytes_after": table.bytes_after, "samples": table.samples}
+    totals = {
+        "bytes_before": table.bytes_before,
+        "bytes_after": table.bytes_after,
+        "samples": table.samples,
+        "measured_on": table.measured_on,
+        "outputs": [dataclasses.asdict(figure) for figure in table.outputs],
+    }
     data = {
         "config": to_plain(config),
         "rows": rows,

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from mono_quant_fx import graph
-from mono_quant_fx.accuracy import WeightFigures, judged, rows_of
+from mono_quant_fx.accuracy import judged
 from mono_quant_fx.annotation import QuantAnnotation, annotated
 from mono_quant_fx.config import QuantConfig
 from mono_quant_fx.dynamo_frames import Fallback, current_frame, limits_hit
@@ -22,6 +22,7 @@ from mono_quant_fx.rules import Known, matching_patterns, unmatched_patterns
 from mono_quant_fx.shared_codes import Entry
 from mono_quant_fx.table import AccuracyRow, db, kib
 from mono_quant_fx.validation import AccuracyWarning, check_rows
+from mono_quant_fx.weight_figures import WeightFigures, rows_of
 from mono_quant_fx.weight_ops import find_weights, hidden_weights
 
 #: Column -> alignment.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from torch import fx, nn
@@ -13,9 +14,11 @@ from mono_quant_fx import graph
 from mono_quant_fx.accuracy import measure_accuracy
 from mono_quant_fx.annotation import annotated
 from mono_quant_fx.capture import captured
+from mono_quant_fx.collection import UNLIMITED, Reading, read
 from mono_quant_fx.config import QuantConfig
-from mono_quant_fx.data import Batch, Prepare, collect
+from mono_quant_fx.data import Prepare
 from mono_quant_fx.errors import ConfigError
+from mono_quant_fx.held_out import Split, split
 from mono_quant_fx.pass_base import Callback, Pass, Pipeline
 from mono_quant_fx.passes import (
     ActivationLowering,
@@ -29,7 +32,7 @@ from mono_quant_fx.passes import (
 )
 from mono_quant_fx.result import QuantizationInfo, QuantizationResult
 from mono_quant_fx.table import AccuracyTable
-from mono_quant_fx.validation import check_accuracy_warnings
+from mono_quant_fx.validation import AccuracyWarning, check_accuracy_warnings
 from mono_quant_fx.values import require_inputs, require_values
 
 T = TypeVar("T")
@@ -78,6 +81,7 @@ def quantize(
     example_inputs: Any = None,
     *,
     calibration_data: Iterable[Any] | None = None,
+    evaluation_data: Iterable[Any] | None = None,
     config: QuantConfig | None = None,
     prepare_batch: Prepare | None = None,
     **config_fields: Any,
@@ -87,11 +91,14 @@ def quantize(
     Args:
         model: an nn.Module, or a GraphModule that capture returned.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments. May be left out where symbolic
-            tracing succeeds or where calibration data is given (its first batch is the example).
+            tracing succeeds or where data is given (its first batch is the example).
         calibration_data: an iterable of such batches; the first `num_calibration_samples` samples along dim 0 are used.
-            Without it only the weights are judged, and the table says so.
+        evaluation_data: likewise; all of it is what the result is judged on. Without it, calibration data is held out:
+            what it has past the samples to calibrate on (as many again at most), else a fifth of its batches, or of
+            the samples of a single one. Where that cannot be, the table says that the figures are of calibration data.
+            Without any data only the weights are judged.
         config: a QuantConfig; `config_fields` are its fields as keywords and win over it.
-        prepare_batch: turns a batch of the data into the model's arguments, e.g. ``lambda b: b[0]``.
+        prepare_batch: turns a batch of either data into the model's arguments, e.g. ``lambda b: b[0]``.
 
     Raises:
         ConfigError, PatternError: a bad setting. CaptureError: no graph. CalibrationError: data that does not fit.
@@ -107,21 +114,23 @@ def quantize(
     config = QuantConfig.build(config, config_fields)
     require_values(model)
     clock = _Clock()
-    batches, samples = None, 0
-    if calibration_data is not None:
-        batches, samples = collect(calibration_data, config.num_calibration_samples, prepare_batch)
-    if example_inputs is None and batches:
-        example_inputs = batches[0]
-    require_inputs(example_inputs, batches or ())
+    given = _read(calibration_data, evaluation_data, config, prepare_batch)
+    if example_inputs is None:
+        example_inputs = next((reading.batches[0] for reading in given if reading is not None), None)
+    require_inputs(example_inputs, [batch for reading in given if reading is not None for batch in reading.batches])
     gm, notes = clock.time("capture", lambda: captured(model, example_inputs))
     for note in notes:
         warnings.warn(note, stacklevel=2)
-    out = default_pipeline(config, batches, clock.lap)(gm).graph_module
-    table = clock.time("accuracy", lambda: _measure(gm, out, batches, config))
+    data = split(gm, *given, config.num_calibration_samples)
+    out = default_pipeline(config, data.calibration, clock.lap)(gm).graph_module
+    table = clock.time("accuracy", lambda: _measure(gm, out, data, config))
+    samples = 0 if data.calibration is None else data.calibration.samples
     info = info_of(gm, out, table, config, samples, clock.seconds)
     result = QuantizationResult(out, table, info, config)
-    info.warnings += notes
+    info.warnings += [*notes, *data.notes]
     info.warnings += check_accuracy_warnings(result, accuracy_warning="ignore", **_thresholds(config))
+    for note in data.notes if config.accuracy_warning != "ignore" else ():
+        warnings.warn(note, AccuracyWarning, stacklevel=2)
     check_accuracy_warnings(result, accuracy_warning=config.accuracy_warning, **_thresholds(config))
     return result
 
@@ -150,10 +159,20 @@ def _thresholds(config: QuantConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in names}
 
 
-def _measure(
-    gm: fx.GraphModule, out: fx.GraphModule, batches: list[Batch] | None, config: QuantConfig
-) -> AccuracyTable:
-    return measure_accuracy(gm, out, batches, **_thresholds(config))
+def _read(
+    calibration: Iterable[Any] | None, evaluation: Iterable[Any] | None, config: QuantConfig, prepare: Prepare | None
+) -> tuple[Reading | None, Reading | None]:
+    """Of the calibration data as much again as is calibrated on, to judge on, where no evaluation data is given."""
+    limit = config.num_calibration_samples * (2 if evaluation is None else 1)
+    return (
+        None if calibration is None else read(calibration, limit, prepare),
+        None if evaluation is None else read(evaluation, UNLIMITED, prepare, "evaluation_data"),
+    )
+
+
+def _measure(gm: fx.GraphModule, out: fx.GraphModule, data: Split, config: QuantConfig) -> AccuracyTable:
+    table = measure_accuracy(gm, out, data.evaluation, **_thresholds(config))
+    return replace(table, measured_on=data.measured_on)
 
 
 def info_of(
@@ -175,5 +194,6 @@ def info_of(
             skipped[name] = annotation.reason
     return QuantizationInfo(
         config.bits, config.group_size, config.symmetric, graph.total_bytes(gm), graph.total_bytes(out),
-        table.output_sqnr_db, samples, quantized, skipped, [], seconds,
+        table.output_sqnr_db, samples, quantized, skipped, [], seconds, table.measured_on,
+        table.samples if table.measured_on else 0,
     )  # fmt: skip

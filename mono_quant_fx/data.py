@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,6 +89,11 @@ class Batch:
             raise CalibrationError(f"{self.label} does not fit forward{inspect.Signature(bare)}: {e}; {_REMEDY}") from e
 
     @property
+    def place(self) -> int:
+        """Its number as errors say it: 0 for a batch outside of any data."""
+        return self.number or 0
+
+    @property
     def label(self) -> str:
         """How an error calls this batch: what it holds, and its place in the data."""
         return f"a batch {self}" if self.number is None else f"batch {self.number} {self}"
@@ -97,10 +102,19 @@ class Batch:
         """The size of dim 0 of the first tensor (1 if there is none with dimensions)."""
         return next((t.shape[0] for t in self.tensors() if t.dim()), 1)
 
-    def first(self, count: int) -> Batch:
-        """The first `count` samples: every tensor whose dim 0 is the sample count is cut."""
+    def rows(self, start: int, stop: int) -> Batch:
+        """Samples start <= i < stop: of every tensor whose dim 0 is the sample count."""
         total = self.samples()
-        return self.map_tensors(lambda t: t[:count] if t.dim() and t.shape[0] == total else t)
+        return self.map_tensors(lambda t: t[start:stop] if t.dim() and t.shape[0] == total else t)
+
+    def copied(self) -> Batch:
+        """The same batch in memory of its own."""
+        return self.map_tensors(torch.clone)
+
+    def equals(self, other: Batch) -> bool:
+        """Whether it holds the same values in the same places."""
+        (own, spec), (others, other_spec) = (pytree.tree_flatten((b.args, b.kwargs)) for b in (self, other))
+        return spec == other_spec and all(map(_equal, own, others))
 
     def fresh(self) -> Batch:
         """The same values in tensors of their own: contiguous, views of nothing, no two in one memory.
@@ -149,6 +163,12 @@ _REMEDY = (
 )
 
 
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
+    return a is b or (isinstance(a, int | float | str) and type(a) is type(b) and a == b)
+
+
 def _show(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"{str(value.dtype)[6:]}{list(value.shape)}"
@@ -183,7 +203,7 @@ def to_batch(value: Any, prepare_batch: Prepare | None = None, number: int | Non
     if prepare_batch is not None:
         value = _prepared(value, prepare_batch, number)
     if isinstance(value, Batch):
-        return value
+        return value if value.number is not None else dataclasses.replace(value, number=number)
     if isinstance(value, Mapping):
         return Batch((), dict(value), number)
     if isinstance(value, tuple | list):
@@ -198,27 +218,3 @@ def _prepared(value: Any, prepare_batch: Prepare, number: int | None) -> Any:
         return prepare_batch(value)
     except Exception as e:
         raise CalibrationError(f"prepare_batch fails on batch {number} {_show(value)}: {type(e).__name__}: {e}") from e
-
-
-def collect(data: Iterable[Any], limit: int, prepare_batch: Prepare | None = None) -> tuple[list[Batch], int]:
-    """The first `limit` samples of `data` as batches (the last one cut), and their number.
-
-    Raises:
-        CalibrationError: `data` is a tensor or no iterable, or holds no sample; prepare_batch fails.
-    """
-    if isinstance(data, Tensor | Mapping | str) or not isinstance(data, Iterable):
-        raise CalibrationError(
-            f"calibration_data is a {type(data).__name__}: an iterable of batches is needed; write [batch] for one"
-        )
-    batches: list[Batch] = []
-    taken = 0
-    for number, value in enumerate(data):
-        batch = to_batch(value, prepare_batch, number).first(limit - taken)
-        if batch.samples():
-            batches.append(batch)
-            taken += batch.samples()
-        if taken >= limit:
-            break
-    if not taken:
-        raise CalibrationError("calibration_data is empty: give at least one batch, or leave it out (weights only)")
-    return batches, taken

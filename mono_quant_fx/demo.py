@@ -16,6 +16,8 @@ from mono_quant_fx.errors import ConfigError
 from mono_quant_fx.result import QuantizationResult
 
 BATCH = 25
+#: Sentences that the accuracy is measured on; calibration sees none of them.
+JUDGED = 100
 SHOWN_QUERIES, SHOWN_ANSWERS = 6, 3
 
 
@@ -40,17 +42,27 @@ def run(samples: int = 150) -> None:
     model, encode = load_minilm()
     print(
         f"Quantizing all-MiniLM-L6-v2 (it turns sentences into vectors) to INT4, calibrated on {samples} definitions "
-        "of WordNet ...\n",
+        f"of WordNet and judged on {JUDGED} others ...\n",
         flush=True,
     )
-    batches = [encode(texts[i : min(i + BATCH, samples)]) for i in range(0, samples, BATCH)]
-    result = quantize(model, calibration_data=batches, num_calibration_samples=samples, accuracy_warning="ignore")
+    others = [sense.definition for sense in read_senses("evaluation")][:JUDGED]
+    result = quantize(
+        model,
+        calibration_data=_batches(encode, texts[:samples]),
+        evaluation_data=_batches(encode, others),
+        num_calibration_samples=samples,
+        accuracy_warning="ignore",
+    )
     print(result.accuracy)
     for warning in result.warnings:
         print(f"warning: {warning}")
     print(f"\n{describe_sizes(result)}\n")
     print(f"{describe_answers(model, result.graph_module, encode, read_senses('evaluation'))}\n")
     print(describe_time(result.info.seconds))
+
+
+def _batches(encode: Encode, texts: Sequence[str]) -> list[tuple[Tensor, Tensor]]:
+    return [encode(texts[i : i + BATCH]) for i in range(0, len(texts), BATCH)]
 
 
 def read_senses(use: str) -> list[Sense]:

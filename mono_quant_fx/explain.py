@@ -63,6 +63,7 @@ class _Book:
 
     def __init__(self, gm: fx.GraphModule, table: AccuracyTable | None):
         self.gm, self.rows = gm, () if table is None else table.rows
+        self.measured_on = None if table is None else table.measured_on
         self.nodes = {node.name: node for node in gm.graph.nodes}
         self.weights = list(annotated(gm))
         self.paths = {node: {path for path, _ in graph.module_stack(node)} for node in gm.graph.nodes}
@@ -120,7 +121,7 @@ class _Book:
             *self._storage(annotation),
             *_figures(codes),
             *_computed(annotation, users),
-            *(fact for row in self.rows if row.weight == annotation.weight for fact in _accuracy(row)),
+            *(f for row in self.rows if row.weight == annotation.weight for f in _accuracy(row, self.measured_on)),
         ]
         own = () if annotation.merged is None else self._before_merging(annotation)
         steps = dict.fromkeys((*own, *(step for n in (node, *users) for step in history(n))))
@@ -149,7 +150,7 @@ class _Book:
             *([("value", _tensor(value))] if value is not None else []),
             *([("reads", reads)] if reads else []),
             *([("read by", readers)] if readers else []),
-            *(fact for row in self.rows if row.node == node.name for fact in _accuracy(row)),
+            *(f for row in self.rows if row.node == node.name for f in _accuracy(row, self.measured_on)),
         ]
         steps: tuple[Step, ...] = history(node)
         if not steps:
@@ -246,11 +247,12 @@ def _computed(annotation: QuantAnnotation, users: list[fx.Node]) -> list[Fact]:
     return [("runs as", f"{', '.join(told.values())} on the dequantized weight")] if annotation.lowered else []
 
 
-def _accuracy(row: AccuracyRow) -> list[Fact]:
+def _accuracy(row: AccuracyRow, measured_on: str | None) -> list[Fact]:
     figures = [
         ("weight", row.weight_sqnr_db), ("alone", row.local_sqnr_db), ("with all before it", row.accumulated_sqnr_db),
     ]  # fmt: skip
     told = [f"{words} {db(figure)} dB" for words, figure in figures if figure is not None]
     if row.max_abs_error is not None:
         told.append(f"largest error {row.max_abs_error:.2g}")
-    return [("accuracy", f"{row.node}: {', '.join(told)}; {row.status}")] if told else []
+    on = f", on {measured_on}" if measured_on and row.accumulated_sqnr_db is not None else ""
+    return [("accuracy", f"{row.node}: {', '.join(told)}{on}; {row.status}")] if told else []

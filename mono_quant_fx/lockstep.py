@@ -18,6 +18,7 @@ from torch import fx
 
 from mono_quant_fx.data import Batch
 from mono_quant_fx.graph import constant_nodes
+from mono_quant_fx.noise import Noise
 from mono_quant_fx.run import execute
 
 Visit = Callable[[fx.Node, Any, Any, Any], None]
@@ -38,14 +39,16 @@ class Lockstep:
         self.local_at = {n for n in calls if n.name in local_at and n.name in self.twins}
         self._uses_reference, self._uses_quantized, self._uses_local = self._count_uses()
 
-    def run(self, batch: Batch, number: int, visit: Visit) -> None:
+    def run(self, batch: Batch, visit: Visit) -> None:
         """Calls visit(node, reference, accumulated, local or None) for each node of both graphs, in order.
+
+        Random ops draw the same numbers in all versions, and the generator is left as it was.
 
         Raises:
             CalibrationError: the batch does not fit, or a node fails on it.
         """
-        with torch.no_grad():
-            _Run(self, batch, number).walk(visit)
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            _Run(self, batch).walk(visit)
 
     def local_inputs(self, node: fx.Node) -> Iterator[tuple[bool, fx.Node]]:
         """(from the reference?, node) for every value that the local output of `node` is computed from."""
@@ -81,8 +84,8 @@ class Lockstep:
 class _Run:
     """One batch on its way through both graphs."""
 
-    def __init__(self, plan: Lockstep, batch: Batch, number: int):
-        self.plan, self.number = plan, number
+    def __init__(self, plan: Lockstep, batch: Batch):
+        self.plan, self.batch, self.noise = plan, batch, Noise()
         self.left_reference, self.left_quantized, self.left_local = plan.uses()
         self.reference: dict[fx.Node, Any] = {}
         self.accumulated: dict[fx.Node, Any] = {}
@@ -96,7 +99,7 @@ class _Run:
             twin = plan.twins.get(node.name)
             if twin is not None and twin not in self.reference:
                 self._advance(twin)
-            value = execute(plan.quantized, node, self.accumulated.__getitem__, self.inputs[1], self.number)
+            value = self._quantized(node, self.accumulated.__getitem__, self.inputs[1])
             self.accumulated[node] = value
             if twin is not None:
                 local = self._local(node) if node in plan.local_at else None
@@ -108,17 +111,24 @@ class _Run:
 
     def _advance(self, until: fx.Node) -> None:
         for node in self.ahead:
-            self.reference[node] = execute(
-                self.plan.reference, node, self.reference.__getitem__, self.inputs[0], self.number
-            )
+            self.reference[node] = self._exact(node)
             for source in node.all_input_nodes:
                 self._used(self.reference, self.left_reference, source)
             if node is until:
                 return
             self._release(self.reference, self.left_reference, node)
 
+    def _exact(self, node: fx.Node) -> Any:
+        return self.noise.first(
+            node.name,
+            lambda: execute(self.plan.reference, node, self.reference.__getitem__, self.inputs[0], self.batch),
+        )
+
+    def _quantized(self, node: fx.Node, value_of: Callable[[fx.Node], Any], inputs: Iterator[Any]) -> Any:
+        return self.noise.again(node.name, lambda: execute(self.plan.quantized, node, value_of, inputs, self.batch))
+
     def _local(self, node: fx.Node) -> Any:
-        value = execute(self.plan.quantized, node, self._local_value, iter(()), self.number)
+        value = self._quantized(node, self._local_value, iter(()))
         for from_reference, source in self.plan.local_inputs(node):
             if from_reference:
                 self._used(self.reference, self.left_reference, source)
@@ -135,7 +145,7 @@ class _Run:
         if twin is not None:
             return self.reference[twin]
         if source not in self.local:
-            self.local[source] = execute(self.plan.quantized, source, self._local_value, iter(()), self.number)
+            self.local[source] = self._quantized(source, self._local_value, iter(()))
         return self.local[source]
 
     def _used(self, values: dict[fx.Node, Any], left: Counter[fx.Node], node: fx.Node) -> None:

@@ -22,12 +22,13 @@ class QuantizationInfo:
     Attributes:
         bits, group_size, symmetric: the scheme asked for; the table has the one that each layer got.
         original_bytes, quantized_bytes: everything that the float and the quantized graph store, each tensor once.
-        sqnr_db: of the model output on the calibration data; None without data.
-        calibration_samples_used: 0 without data.
+        sqnr_db: of the model output (see AccuracyTable.output_sqnr_db); None where it has none.
+        calibration_samples_used: that were calibrated on; 0 without data.
         quantized_layers: module (or weight) name -> scheme.
         skipped_layers: name -> reason.
         warnings: what check_accuracy_warnings found, and what capture said.
         seconds: stage -> wall time.
+        measured_on, evaluation_samples: what sqnr_db and the table were measured on, as in AccuracyTable.
     """
 
     bits: int
@@ -41,6 +42,8 @@ class QuantizationInfo:
     skipped_layers: dict[str, str]
     warnings: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    measured_on: str | None = None
+    evaluation_samples: int = 0
 
     @property
     def compression_ratio(self) -> float:
@@ -78,7 +81,7 @@ class QuantizationResult(Shown):
 
     def __str__(self) -> str:
         info = self.info
-        output = "needs calibration_data" if info.sqnr_db is None else f"{info.sqnr_db:.1f} dB"
+        output = output_figure(self.accuracy)
         return (
             f"{self.accuracy}\n\n{len(info.quantized_layers)} layers quantized, {len(info.skipped_layers)} skipped; "
             f"{info.original_size_mb:.1f} MB -> {info.quantized_size_mb:.1f} MB ({info.compression_ratio:.2f}x); "
@@ -89,24 +92,32 @@ class QuantizationResult(Shown):
         return result_html(self)
 
 
+def output_figure(table: AccuracyTable) -> str:
+    """The SQNR of the model's output and what it was measured on, or why there is none."""
+    if table.output_sqnr_db is not None:
+        on = f" on {table.measured_on}" if table.measured_on else ""
+        return f"{table.output_sqnr_db:.1f} dB{on}"
+    return table.output_note or "needs calibration_data or evaluation_data"
+
+
 def result_html(result: QuantizationResult) -> str:
     """Sizes and accuracy, the warnings, the table, and the stages' times folded away."""
     info = result.info
-    judged = "SQNR of the model's output"
+    table, judged = result.accuracy, "SQNR of the model's output"
     tiles = [
         (str(len(info.quantized_layers)), "layers quantized"),
         (str(len(info.skipped_layers)), "layers skipped"),
         (f"{info.original_size_mb:.1f} → {info.quantized_size_mb:.1f} MB", f"stored: {info.compression_ratio:.2f}x"),
-        ("–", f"{judged}: needs calibration_data")
-        if info.sqnr_db is None
-        else (f"{info.sqnr_db:.1f} dB", f"{judged}, {info.calibration_samples_used} samples"),
+        ("–", f"{judged}: {output_figure(table)}")
+        if table.output_sqnr_db is None
+        else (f"{table.output_sqnr_db:.1f} dB", f"{judged}, {table.samples} samples of {table.measured_on or 'data'}"),
     ]
     head = "".join(f'<div class="tile"><b>{escape(k)}</b><span>{escape(v)}</span></div>' for k, v in tiles)
     warnings = "".join(f'<div class="warn">{escape(warning)}</div>' for warning in info.warnings)
     times = [(escape(stage), f"{seconds:.2f}") for stage, seconds in info.seconds.items()]
     total = f"{sum(info.seconds.values()):.1f} seconds"
     folded = details(total, grid(("stage", "seconds"), times)) if times else ""
-    return frame(f'<div class="tiles">{head}</div>{warnings}{folded}') + result.accuracy.to_html()
+    return frame(f'<div class="tiles">{head}</div>{warnings}{folded}') + table.to_html()
 
 
 @in_plain_surroundings

@@ -17,7 +17,7 @@ from mono_quant_fx.errors import CalibrationError, MonoQuantError
 from mono_quant_fx.graph import get_attribute, op_name
 
 
-def run_batch(gm: fx.GraphModule, batch: Batch, number: int = 0, replaced: Mapping[str, Any] | None = None) -> Any:
+def run_batch(gm: fx.GraphModule, batch: Batch, replaced: Mapping[str, Any] | None = None) -> Any:
     """gm's output for a batch, without gradients; what readers see of the nodes named in `replaced` is the value there.
 
     Raises:
@@ -27,7 +27,7 @@ def run_batch(gm: fx.GraphModule, batch: Batch, number: int = 0, replaced: Mappi
     left = Counter(a for n in gm.graph.nodes for a in n.all_input_nodes)
     with torch.no_grad():
         for node in gm.graph.nodes:
-            values[node] = execute(gm, node, values.__getitem__, inputs, number)
+            values[node] = execute(gm, node, values.__getitem__, inputs, batch)
             if replaced and node.name in replaced:
                 values[node] = replaced[node.name]
             if node.op == "output":
@@ -40,12 +40,12 @@ def run_batch(gm: fx.GraphModule, batch: Batch, number: int = 0, replaced: Mappi
 
 
 def execute(
-    gm: fx.GraphModule, node: fx.Node, value_of: Callable[[fx.Node], Any], inputs: Iterator[Any], number: int
+    gm: fx.GraphModule, node: fx.Node, value_of: Callable[[fx.Node], Any], inputs: Iterator[Any], batch: Batch
 ) -> Any:
     """The value of one node, its arguments looked up by `value_of` and placeholders taken from `inputs`.
 
     Raises:
-        CalibrationError: the node fails; names it, its arguments' shapes, and batch `number`.
+        CalibrationError: the node fails; names it, its arguments' shapes, and the batch.
     """
     if node.op == "placeholder":
         return next(inputs)
@@ -63,21 +63,48 @@ def execute(
         return node.target(*args, **kwargs)
     except CalibrationError as e:  # an observer's, which knows neither node nor batch
         source = node.all_input_nodes[0].name if node.all_input_nodes else node.name
-        raise CalibrationError(f"batch {number}: the output of node {source!r}: {e}") from e
+        raise CalibrationError(f"batch {batch.place}: the output of node {source!r}: {e}; {way_out(batch)}") from e
     except MonoQuantError:
         raise
     except Exception as e:
-        raise node_error(node, [value_of(a) for a in node.all_input_nodes], number, e) from e
+        raise node_error(node, [value_of(a) for a in node.all_input_nodes], batch, e) from e
 
 
-def node_error(node: fx.Node, inputs: list[Any], number: int, cause: Exception) -> CalibrationError:
-    """The error for a node that failed on batch `number`: its name, its op, the shapes it got, and the cause."""
+def node_error(node: fx.Node, inputs: list[Any], batch: Batch, cause: Exception) -> CalibrationError:
+    """The error for a node that failed on a batch: its name, its op, the shapes it got, and the cause."""
     shapes = ", ".join(str(tuple(v.shape)) if isinstance(v, Tensor) else type(v).__name__ for v in inputs)
     text = (str(cause).splitlines() or [""])[0]
     return CalibrationError(
-        f"batch {number} fails at node {node.name!r} ({op_name(node)} of {shapes}): {type(cause).__name__}: {text}; "
-        "does the batch have the shape and dtype of the example?"
+        f"batch {batch.place} fails at node {node.name!r} ({op_name(node)} of {shapes}): {type(cause).__name__}: "
+        f"{text}; does the batch have the shape and dtype of the example?"
     )
+
+
+def check_finite(value: Tensor, what: str, batch: Batch) -> None:
+    """Raises CalibrationError if a value that `batch` led to holds NaN or infinity."""
+    if not bool(torch.isfinite(value).all()):
+        raise CalibrationError(
+            f"batch {batch.place}: {what} holds NaN or infinity ({value.numel():,} values: {_span(value)}); "
+            f"{way_out(batch)}"
+        )
+
+
+def way_out(batch: Batch) -> str:
+    """What to do about a batch that leads to NaN or infinity, and what came in."""
+    came_in = [f"{list(t.shape)}, {_span(t)}" for t in batch.tensors() if t.is_floating_point()]
+    inputs = f" (its inputs: {'; '.join(came_in)})" if came_in else ""
+    return (
+        f"look at this batch{inputs} and at the ops before this node; mask such values in prepare_batch, or drop the "
+        "batch"
+    )
+
+
+def _span(value: Tensor) -> str:
+    """The range of the finite values, and how many are not."""
+    finite = value.detach()[torch.isfinite(value)].float()
+    bad = value.numel() - finite.numel()
+    span = f"finite ones in {finite.min():.4g} .. {finite.max():.4g}" if finite.numel() else "none finite"
+    return f"{bad:,} NaN or infinite, {span}" if bad else span
 
 
 class Progress:

@@ -19,11 +19,10 @@ from mono_quant_fx.arguments import argument
 from mono_quant_fx.carry import Carry
 from mono_quant_fx.codes import restore
 from mono_quant_fx.data import Batch
-from mono_quant_fx.errors import CalibrationError
 from mono_quant_fx.layer_inputs import Hessian, layer_inputs, no_matrix
 from mono_quant_fx.observers import Observer
 from mono_quant_fx.rounding import Rounded
-from mono_quant_fx.run import node_error
+from mono_quant_fx.run import check_finite, node_error
 from mono_quant_fx.weight_ops import matrix_shape
 from mono_quant_fx.weight_table import consumption
 
@@ -100,16 +99,12 @@ class SequentialWalk:
         if why or row is None or not isinstance(source, fx.Node):
             return why or f"the input of {graph.op_name(node)} is no value of the graph"
         columns = matrix_shape(annotation.shape, annotation.layout, annotation.groups)[1]
-        for number, value in enumerate(carry.read(source)):
-            if not bool(torch.isfinite(value).all()):
-                raise CalibrationError(
-                    f"batch {number}: the input of node {node.name!r} (weight {annotation.weight!r}) holds NaN or "
-                    "infinity; look at this batch, or at the ops before this node"
-                )
+        for batch, value in zip(carry.batches, carry.read(source), strict=True):
+            check_finite(value, f"the input of node {node.name!r} (weight {annotation.weight!r})", batch)
             try:
                 inputs = layer_inputs(node, row, value, annotation.shape)
             except (RuntimeError, ValueError) as e:
-                raise node_error(node, [value], number, e) from e
+                raise node_error(node, [value], batch, e) from e
             if inputs.shape[2] != columns:  # the op itself will say what does not fit
                 return f"{graph.op_name(node)} gets inputs of {inputs.shape[2]} columns, not {columns}"
             total.add(inputs)

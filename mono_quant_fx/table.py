@@ -15,8 +15,16 @@ from tabulate import tabulate
 
 from mono_quant_fx import table_html
 from mono_quant_fx.html import Shown
+from mono_quant_fx.outputs import OutputFigure, why_none
 
-NEEDS_DATA = "local dB, acc dB and max err need calibration_data"
+#: What a table was measured on, and what that means.
+EVALUATION, HELD_OUT, CALIBRATION = "evaluation data", "held-out data", "calibration data"
+MEANING = {
+    EVALUATION: "",
+    HELD_OUT: ", which calibration did not see",
+    CALIBRATION: ", which the weights were fitted to: other data may have less",
+}
+NEEDS_DATA = "only weights were judged: local dB, acc dB and max err need calibration_data or evaluation_data"
 
 
 @dataclass(frozen=True)
@@ -72,14 +80,24 @@ class AccuracyRow:
 
 @dataclass(frozen=True)
 class AccuracyTable(Shown):
-    """Rows in execution order, and the SQNR of the model's output (None without data).
+    """Rows in execution order, and the SQNR of the model's output.
 
     str() is the table for a terminal; `_repr_html_` the one for a notebook.
+
+    Attributes:
+        output_sqnr_db: of the worst output that depends on a quantized weight; None without data, and where no
+            floating-point output does.
+        samples: how many were measured.
+        measured_on: "held-out data", "evaluation data" or "calibration data" in a table of quantize; None where the
+            caller chose the data, or an older version wrote the table.
+        outputs: one figure an output, by name.
     """
 
     rows: tuple[AccuracyRow, ...]
     output_sqnr_db: float | None = None
     samples: int = 0
+    measured_on: str | None = None
+    outputs: tuple[OutputFigure, ...] = ()
 
     @property
     def bytes_before(self) -> int:
@@ -112,12 +130,14 @@ class AccuracyTable(Shown):
         return self.to_html()
 
     def to_csv(self) -> str:
-        """All fields of all rows, unrounded; None is empty."""
+        """All fields of all rows and what they were measured on, unrounded; None is empty."""
         out = io.StringIO()
-        writer = csv.DictWriter(out, [f.name for f in dataclasses.fields(AccuracyRow)], lineterminator="\n")
+        fields = [f.name for f in dataclasses.fields(AccuracyRow)]
+        writer = csv.DictWriter(out, [*fields, "measured_on"], lineterminator="\n")
         writer.writeheader()
         for row in self.rows:
-            writer.writerow({**dataclasses.asdict(row), "shape": "x".join(map(str, row.shape))})
+            shape = "x".join(map(str, row.shape))
+            writer.writerow({**dataclasses.asdict(row), "shape": shape, "measured_on": self.measured_on})
         return out.getvalue()
 
     def to_json(self) -> str:
@@ -128,11 +148,29 @@ class AccuracyTable(Shown):
             "bytes_after": self.bytes_after,
             "output_sqnr_db": _jsonable(self.output_sqnr_db),
             "samples": self.samples,
+            "measured_on": self.measured_on,
+            "outputs": [{k: _jsonable(v) for k, v in dataclasses.asdict(f).items()} for f in self.outputs],
         }
         return json.dumps({"rows": rows, "total": totals}, indent=2)
 
+    @property
+    def output_note(self) -> str:
+        """Why measured outputs have no SQNR; "" where they have one, or nothing was measured."""
+        return why_none(self.outputs) if self.samples and self.output_sqnr_db is None and self.outputs else ""
+
+    @property
+    def origin(self) -> str:
+        """What the figures were measured on; "" where nobody knows."""
+        if not self.samples or self.measured_on is None:
+            return ""
+        return f"measured on {self.measured_on}: {self.samples:,} samples{MEANING.get(self.measured_on, '')}"
+
     def _notes(self) -> list[str]:
-        return [] if self.samples else [NEEDS_DATA]
+        if not self.samples:
+            return [NEEDS_DATA]
+        told = [f"output {figure}" for figure in self.outputs] if len(self.outputs) > 1 else []
+        note = self.output_note
+        return [*told, *([f"no output dB: {note}"] if note else []), *([self.origin] if self.origin else [])]
 
     def _render(self, style: str) -> str:
         return _tabulate([*map(_cells, self.rows), self._total()], style)

@@ -15,12 +15,13 @@ from torch import Tensor, fx, nn
 from mono_quant_fx import graph
 from mono_quant_fx.accuracy import measure_accuracy
 from mono_quant_fx.annotation import annotated, stored_weight
+from mono_quant_fx.collection import collect
 from mono_quant_fx.config import QuantConfig
-from mono_quant_fx.data import Prepare, collect, leaves
+from mono_quant_fx.data import Prepare, leaves
 from mono_quant_fx.errors import AccuracyError
 from mono_quant_fx.result import QuantizationResult
 from mono_quant_fx.surroundings import in_plain_surroundings
-from mono_quant_fx.table import AccuracyRow
+from mono_quant_fx.table import CALIBRATION, AccuracyRow
 
 LEAST_CALIBRATION_SAMPLES = 50
 
@@ -56,6 +57,11 @@ def check_accuracy_warnings(
     )
     if not result.info.skipped_layers:
         others.append("All layers were quantized: embeddings, norms and the output layer are usually worth keeping")
+    if result.info.measured_on == CALIBRATION:
+        others.append(
+            f"All figures are measured on calibration data, {result.accuracy.samples} samples: there was too little to "
+            "hold any of it out, and on other data they may be lower; give evaluation_data, or more batches"
+        )
     if 0 < result.info.calibration_samples_used < LEAST_CALIBRATION_SAMPLES:
         others.append(
             f"Few calibration samples: {result.info.calibration_samples_used} < {LEAST_CALIBRATION_SAMPLES}; the "
@@ -146,7 +152,7 @@ def validate_quantization(
     Raises:
         PreconditionError, CalibrationError: as measure_accuracy.
     """
-    taken = None if batches is None else collect(batches, 1 << 62, prepare_batch)[0]
+    taken = None if batches is None else collect(batches, None, prepare_batch)[0]
     before, after = graph.total_bytes(reference), graph.total_bytes(quantized)
     errors = [*_load_errors(quantized, taken), *(ranges := _range_errors(quantized))]
     if after >= before:

@@ -53,7 +53,7 @@ quantize the checkpoint itself (quantize_checkpoint)
 
 def require_inputs(example: Any, batches: Iterable[Batch]) -> None:
     """Raises CalibrationError, which names it, unless every tensor of the example and of the data holds values."""
-    for place, inputs in [("example_inputs", example), *((f"batch {i}", b) for i, b in enumerate(batches))]:
+    for place, inputs in [("example_inputs", example), *((f"batch {b.number}", b) for b in batches)]:
         leaves = (inputs.args, inputs.kwargs) if isinstance(inputs, Batch) else inputs
         for path, leaf in pytree.tree_flatten_with_path(leaves)[0]:
             why = why_without(leaf) if isinstance(leaf, Tensor) else None

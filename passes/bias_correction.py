@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -17,10 +18,11 @@ from mono_quant_fx.arguments import argument
 from mono_quant_fx.biases import add_bias, bias_at, bias_name
 from mono_quant_fx.carry import Carry
 from mono_quant_fx.codes import codes_of, restore
-from mono_quant_fx.data import Batch, Prepare, collect
-from mono_quant_fx.errors import CalibrationError
+from mono_quant_fx.collection import collect
+from mono_quant_fx.data import Batch, Prepare
+from mono_quant_fx.noise import alike
 from mono_quant_fx.pass_base import Pass
-from mono_quant_fx.run import Progress
+from mono_quant_fx.run import Progress, check_finite
 from mono_quant_fx.weight_ops import is_assertion, matrix_shape
 
 
@@ -56,7 +58,7 @@ class BiasCorrection(Pass):
         waiting = [(n, a) for n, a in pending(gm) if a.bias_gain_db is None]
         if not waiting:
             return
-        batches, samples = collect(self.batches, self.num_calibration_samples, self.prepare_batch)
+        batches, samples = collect(self.batches, self.num_calibration_samples, self.prepare_batch, gm)
         twin = graph.isolate(gm)
         assert isinstance(twin, fx.GraphModule)
         obstacles = _obstacles(twin, waiting)
@@ -109,9 +111,9 @@ class _Walk:
         for node in nodes[: last + 1]:
             if node.target in _ROUND_TRIP and not self.exact.constant[node]:
                 self.exact.put(node, self.exact.values[node.all_input_nodes[0]])
+                self.quantized.step(node)
             else:
-                self.exact.step(node)
-            self.quantized.step(node)
+                alike(partial(self.exact.step, node), partial(self.quantized.step, node))
             if node.name in self.places:
                 self._correct(node)
                 self.progress.advance(1, node.name)
@@ -121,16 +123,14 @@ class _Walk:
         if node not in self.exact.values:  # nothing reads it
             return
         axis = self.places[node.name]
-        pairs = zip(self.exact.values[node], self.quantized.values[node], strict=True)
+        values = zip(self.exact.batches, self.exact.values[node], self.quantized.values[node], strict=True)
         shift, energy, count = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64), 0
-        for number, (exact, rounded) in enumerate(pairs):
+        for batch, exact, rounded in values:
             error = (_wide(exact) - _wide(rounded)).movedim(axis, 0)
             error = error.reshape(len(error), -1)
             if not bool(torch.isfinite(error).all()):
-                raise CalibrationError(
-                    f"batch {number}: the output of node {node.name!r} holds NaN or infinity; look at this batch, or "
-                    "at the ops before this node"
-                )
+                for value in (exact, rounded, error):
+                    check_finite(value, f"the output of node {node.name!r}", batch)
             shift, count = shift + error.sum(1, dtype=torch.float64), count + error.shape[1]
             energy = energy + torch.linalg.vector_norm(error, dtype=torch.float64).square()
         if not count:  # nothing reached it

@@ -11,7 +11,8 @@ from torch import Tensor, fx
 from mono_quant_fx import graph
 from mono_quant_fx.annotation import ObservedInput, QuantAnnotation, annotated, pending, set_annotation
 from mono_quant_fx.arguments import argument
-from mono_quant_fx.data import Batch, Prepare, collect
+from mono_quant_fx.collection import collect
+from mono_quant_fx.data import Batch, Prepare
 from mono_quant_fx.errors import WeightError
 from mono_quant_fx.observers import Observer
 from mono_quant_fx.pass_base import Pass
@@ -59,7 +60,7 @@ class CalibrationExecution(Pass):
         if not calls:
             return
         nodes = {n.name: n for n in gm.graph.nodes}
-        batches, samples = collect(self.batches, self.num_calibration_samples, self.prepare_batch)
+        batches, samples = collect(self.batches, self.num_calibration_samples, self.prepare_batch, gm)
         twin = graph.isolate(gm)
         assert isinstance(twin, fx.GraphModule)
         for call in calls:
@@ -107,8 +108,8 @@ class CalibrationExecution(Pass):
 def _run(gm: fx.GraphModule, batches: list[Batch], samples: int) -> dict[str, Rounded]:
     """Only observes: rounding to nearest needs no inputs, so nothing has to be held from node to node."""
     with Progress("calibrating", samples, is_shown=samples > 50) as progress:
-        for number, batch in enumerate(batches):
-            run_batch(gm, batch, number)
+        for batch in batches:
+            run_batch(gm, batch)
             progress.advance(batch.samples())
     return {}
 

@@ -85,7 +85,7 @@ def test_without_data_only_the_weights_are_judged_and_the_table_says_so():
     table = mq.measure_accuracy(gm, out)
     assert all(r.weight_sqnr_db is not None and r.local_sqnr_db is None and r.status != "float" for r in table.rows)
     assert table.output_sqnr_db is None
-    assert str(table).endswith("local dB, acc dB and max err need calibration_data")
+    assert str(table).endswith("local dB, acc dB and max err need calibration_data or evaluation_data")
 
 
 def test_all_nodes_adds_every_floating_point_node_in_order():
@@ -121,7 +121,7 @@ def test_masks_of_minus_infinity_are_no_error():
 def test_only_the_live_set_is_held():
     gm, out = compile_(nn.Sequential(*[m for _ in range(20) for m in (nn.Linear(64, 64), nn.ReLU())]))
     plan, held = lockstep.Lockstep(gm, out, {n.name for n in out.graph.nodes}), []
-    run = lockstep._Run(plan, Batch((torch.randn(2, 64),)), 0)
+    run = lockstep._Run(plan, Batch((torch.randn(2, 64),)))
     run.walk(lambda *_: held.append(len(run.reference) + len(run.accumulated)))
     assert max(held) <= 8, "activations or weights pile up"
     assert not [n for n in run.accumulated if n.op != "output"]

@@ -39,7 +39,7 @@ LAYERS = [
     {"rounding"},
     {"table_html", "pass_html"},
     {"annotation", "weight_ops", "data", "state"},
-    {"codes", "provenance"},
+    {"codes", "provenance", "noise"},
     {
         "rules",
         "values",
@@ -57,7 +57,10 @@ LAYERS = [
         "dynamo_graph",
         "dynamo_frames",
         "aliasing",
+        "outputs",
     },
+    {"collection", "weight_figures"},
+    {"held_out"},
     {
         "tracer",
         "merging",

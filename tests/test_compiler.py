@@ -95,7 +95,7 @@ def test_accuracy_warnings_are_one_a_category():
     low = next(t for t in texts if "nodes below" in t)
     assert low.count(" dB") == 6, "the worst five and the threshold"
     assert "All layers were quantized" in " ".join(texts)
-    assert "Few calibration samples: 9 < 50" in " ".join(texts)
+    assert "Few calibration samples: 8 < 50" in " ".join(texts)
 
 
 def test_error_mode_raises_at_the_end_and_carries_the_result():

@@ -6,11 +6,12 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
-from torch import nn
+from torch import fx, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import mono_quant_fx as mq
-from mono_quant_fx.data import Batch, collect, leaves, to_batch
+from mono_quant_fx.collection import collect
+from mono_quant_fx.data import Batch, leaves, to_batch
 from mono_quant_fx.run import run_batch
 from tests.capture_models import OneLinear, Out, r
 from tests.models import MLP
@@ -18,6 +19,7 @@ from tests.models import MLP
 pytestmark = pytest.mark.filterwarnings("ignore:capture. the model fixes")
 METHODS = pytest.mark.parametrize("method", ["symbolic", "export"])
 Pair = collections.namedtuple("Pair", ["a", "b"])
+ROWWISE = fx.symbolic_trace(nn.Tanh())
 
 
 class Difference(OneLinear):
@@ -71,7 +73,7 @@ def test_the_first_samples_in_order_the_last_batch_cut_and_no_batch_more_than_ne
         with pytest.raises(mq.CalibrationError, match="calibration_data is empty"):
             collect(data(), limit)
         return
-    batches, taken = collect(data(), limit)
+    batches, taken = collect(data(), limit, gm=ROWWISE)
     values = torch.cat([batch.args[0] for batch in batches])[:, 0]
     assert torch.equal(values, whole[:limit])
     assert taken == len(values) == min(limit, sum(sizes))
@@ -81,7 +83,7 @@ def test_the_first_samples_in_order_the_last_batch_cut_and_no_batch_more_than_ne
 
 def test_every_tensor_with_the_sample_dimension_is_cut_and_no_other():
     batch = Batch((torch.zeros(4, 2), torch.zeros(3, 3)), {"y": (torch.zeros(4), 7), "s": torch.zeros(())})
-    assert str(batch.first(3)) == "(float32[3, 2], float32[3, 3], y=(float32[3], int), s=float32[])"
+    assert str(batch.rows(0, 3)) == "(float32[3, 2], float32[3, 3], y=(float32[3], int), s=float32[])"
     assert str(batch) == "(float32[4, 2], float32[3, 3], y=(float32[4], int), s=float32[])"
 
 

@@ -73,7 +73,7 @@ def test_a_long_reason_is_broken_into_lines_and_a_short_one_is_not():
     table = mq.AccuracyTable((mq.AccuracyRow("n", "linear", "m" * 60, "w", "s", "short", (1, 1), 1, 1),))
     assert f'<td class="left long">{"m" * 60}</td>' in table.to_html()
     assert '<td class="left">short</td>' in table.to_html()
-    assert "local dB, acc dB and max err need calibration_data</p>" in table.to_html()
+    assert "local dB, acc dB and max err need calibration_data or evaluation_data</p>" in table.to_html()
 
 
 def test_the_scripts_cannot_end_early():
@@ -96,7 +96,7 @@ def test_a_result_shows_figures_warnings_and_table(data):
     assert "<b>2</b><span>layers quantized</span>" in html
     assert "&lt;careful&gt;" in html
     assert html.endswith(result.accuracy.to_html())
-    assert ("needs calibration_data</span>" in html) == (data is None)
+    assert ("needs calibration_data or evaluation_data</span>" in html) == (data is None)
     assert (f"<b>{result.info.sqnr_db:.1f} dB</b>" in html) if data else "<b>–</b>" in html
 
 

@@ -170,7 +170,7 @@ def test_an_unknown_algorithm_is_refused_by_the_pass_as_well():
 
 def test_nan_in_an_activation_names_node_and_batch():
     gm = annotate(MLP())
-    data = [to_batch(torch.randn(2, 64)), to_batch(torch.full((2, 64), float("nan")))]
+    data = [to_batch(x, number=i) for i, x in enumerate((torch.randn(2, 64), torch.full((2, 64), float("nan"))))]
     with pytest.raises(
         mq.CalibrationError, match=r"batch 1: the input of node 'linear' \(weight 'fc1.weight'\) holds NaN"
     ):

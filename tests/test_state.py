@@ -10,7 +10,7 @@ from torch import nn
 import mono_quant_fx as mq
 from mono_quant_fx import graph
 from mono_quant_fx.carry import Carry
-from mono_quant_fx.data import collect
+from mono_quant_fx.collection import collect
 from mono_quant_fx.run import run_batch
 from mono_quant_fx.state import written
 from tests.harness import Snapshot

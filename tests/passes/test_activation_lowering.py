@@ -207,7 +207,12 @@ def test_the_table_says_what_the_inputs_became():
 def test_auto_says_why_in_the_table():
     torch.manual_seed(0)
     result = mq.quantize(
-        MLP().eval(), calibration_data=DATA, activations="int8", observer="auto", accuracy_warning="ignore"
+        MLP().eval(),
+        calibration_data=DATA,
+        evaluation_data=DATA,
+        activations="int8",
+        observer="auto",
+        accuracy_warning="ignore",
     )
     row = result.accuracy.rows[0]
     assert row.observer == "minmax"

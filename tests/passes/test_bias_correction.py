@@ -234,7 +234,8 @@ def test_an_error_that_is_all_mean_is_taken_away():
     torch.manual_seed(0)
     one = data(1, 64, n=1)
     (row,) = mq.quantize(
-        nn.Sequential(nn.Linear(64, 8)).eval(), calibration_data=one, bias_correction=True, accuracy_warning="ignore",
+        nn.Sequential(nn.Linear(64, 8)).eval(), calibration_data=one, evaluation_data=one,
+        bias_correction=True, accuracy_warning="ignore",
         **CONFIG,
     ).accuracy.rows  # fmt: skip
     assert row.bias_gain_db == float("inf")

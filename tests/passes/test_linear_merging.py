@@ -325,7 +325,7 @@ def test_tables_and_figures_are_those_of_the_single_layers(fields):
 def test_each_local_output_is_measured_on_float_inputs():
     """By hand: the float model's inputs, one layer quantized."""
     x, model = torch.randn(4, 3, 64), Attention().eval()
-    on, _ = both(model, [x], algorithm="rtn")
+    on, _ = both(model, [x], evaluation_data=[x], algorithm="rtn")
     rounded = mq.dequantize_model(on.graph_module)
     for row, name in zip(on.accuracy.rows[:3], "qkv", strict=True):
         float_layer, layer = model.get_submodule(name), rounded.get_submodule(name)
