@@ -22,8 +22,9 @@ from mono_quant_fx.capture_errors import explain_failure
 from mono_quant_fx.capture_record import CaptureRecord, plain_batch, set_record, tied_names
 from mono_quant_fx.data import Batch, to_batch
 from mono_quant_fx.errors import CaptureError, ConfigError
-from mono_quant_fx.exporter import export, follow_inputs
-from mono_quant_fx.faithfulness import check_faithful, expectation
+from mono_quant_fx.export_ways import exported
+from mono_quant_fx.exporter import follow_inputs
+from mono_quant_fx.faithfulness import Expectation, check_faithful, expectation
 from mono_quant_fx.randomness import own_generators
 from mono_quant_fx.state import own_state
 from mono_quant_fx.surroundings import plain
@@ -120,8 +121,8 @@ def given(model: fx.GraphModule, example: Batch | None) -> fx.GraphModule:
                 gm = open_modules(model)
             except Exception as e:
                 raise CaptureError(explain_failure(model, {"opening its modules": e}, "auto", True)) from e
-            if expected is not None and example is not None:
-                check_faithful(gm, example, expected)
+            if expected is not None:
+                check_faithful(gm, expected, is_strict=True)
     return gm
 
 
@@ -154,7 +155,7 @@ class _Attempts:
     example: Batch | None
     dynamic_shapes: Any
     is_compared: bool
-    expected: list[Any] | None = None
+    expected: Expectation | None = None
 
     def run(self, method: str) -> Captured:
         """The graph, and what the user should know about it."""
@@ -190,30 +191,17 @@ class _Attempts:
     def _symbolic(self) -> Captured:
         names = None if self.example is None else self.example.names(self.model)
         gm = trace(self.model, names, None if self.example is None else len(self.example.args))
-        self._check(gm)
+        if self.expected is not None:
+            check_faithful(gm, self.expected, is_strict=True)
         record = CaptureRecord("symbolic", None if names is None else tuple(names), tied=tied_names(self.model))
         return set_record(gm, record), []
 
     def _export(self) -> Captured:
-        """torch.export with every size dynamic; one sample is doubled first, so that the batch stays dynamic."""
         assert self.example is not None
-        tries = [self.example] if self.dynamic_shapes is not None else [self.example.doubled(), self.example]
-        *first, last = [batch for batch in tries if batch is not None]
-        for batch in first:
-            with contextlib.suppress(Exception):
-                return self._export_on(batch)
-        return self._export_on(last)
-
-    def _export_on(self, batch: Batch) -> Captured:
-        gm, notes = export(self.model, batch, self.dynamic_shapes)
-        self._check(gm)
-        has_own_sizes = self.dynamic_shapes is not None
-        record = CaptureRecord("export", None, plain_batch(batch), has_own_sizes, tied_names(self.model))
-        return set_record(gm, record), notes
-
-    def _check(self, gm: fx.GraphModule) -> None:
-        if self.expected is not None and self.example is not None:
-            check_faithful(gm, self.example, self.expected)
+        found = exported(self.model, self.example, self.dynamic_shapes, self.expected)
+        tied, has_own_sizes = tied_names(self.model), self.dynamic_shapes is not None
+        record = CaptureRecord("export", None, plain_batch(found.batch), has_own_sizes, tied, found.dynamic)
+        return set_record(found.graph_module, record), found.notes
 
 
 def _worth_exporting(gm: fx.GraphModule) -> bool:

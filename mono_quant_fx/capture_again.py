@@ -85,7 +85,7 @@ def _without_values(model: nn.Module, record: CaptureRecord) -> fx.GraphModule:
     if record.method == "symbolic":
         gm = trace(hollow, None if record.names is None else list(record.names))
     else:
-        gm, _ = export(hollow, _filled(meta_batch(record.inputs), mode))
+        gm, _ = export(hollow, _filled(meta_batch(record.inputs), mode), dynamic=record.dynamic)
     _to_meta(gm)
     return gm
 

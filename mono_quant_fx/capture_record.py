@@ -26,6 +26,8 @@ class CaptureRecord:
             holds more than tensors, numbers, strings and containers of these.
         has_own_sizes: dynamic_shapes was given.
         tied: further name of a parameter -> the name that the graph calls it by.
+        dynamic: which sizes torch.export was to leave free where dynamic_shapes was not given: "all", the "batch",
+            "none".
     """
 
     method: str
@@ -33,6 +35,7 @@ class CaptureRecord:
     inputs: Any = None
     has_own_sizes: bool = False
     tied: dict[str, str] = field(default_factory=dict)
+    dynamic: str = "all"
 
 
 def get_record(gm: fx.GraphModule) -> CaptureRecord:

@@ -130,13 +130,18 @@ class Batch:
             return None
         return self.map_tensors(lambda t: torch.cat([t, t]) if t.dim() and t.shape[0] == 1 else t)
 
-    def dynamic_shapes(self, model: nn.Module) -> dict[str, Any]:
-        """Every dimension of every tensor as torch.export's Dim.AUTO."""
-        auto = torch.export.Dim.AUTO
-        bound = self._bound(model).arguments
-        return pytree.tree_map(
-            lambda v: dict.fromkeys(range(v.dim()), auto) if isinstance(v, Tensor) else None, dict(bound)
-        )
+    def dynamic_shapes(self, model: nn.Module, which: str = "all") -> dict[str, Any] | None:
+        """Dimensions as torch.export's Dim.AUTO: "all", the "batch" (dim 0 of what has as many samples), or "none"."""
+        auto, samples = torch.export.Dim.AUTO, self.samples()
+
+        def dims(value: Any) -> dict[int, Any] | None:
+            if not isinstance(value, Tensor):
+                return None
+            if which == "batch":
+                return {0: auto} if value.dim() and value.shape[0] == samples else {}
+            return dict.fromkeys(range(value.dim()), auto)
+
+        return None if which == "none" else pytree.tree_map(dims, dict(self._bound(model).arguments))
 
     def tensors(self) -> list[Tensor]:
         """The tensors among the arguments, in order, in containers as well."""

@@ -14,25 +14,38 @@ from mono_quant_fx.data import Batch
 from mono_quant_fx.errors import CaptureError
 from mono_quant_fx.graph import attach, is_persistent, named_tensors
 from mono_quant_fx.randomness import nothing_else_drawn
+from mono_quant_fx.stopwatch import Stopwatch
 from mono_quant_fx.tracer import normalize
 from mono_quant_fx.tracing_lock import exporting
 from mono_quant_fx.twins import twin
 
 
-def export(model: nn.Module, batch: Batch, dynamic_shapes: Any = None) -> tuple[fx.GraphModule, list[str]]:
-    """torch.export on one batch, and a note on the sizes that the model fixes."""
+def export(
+    model: nn.Module, batch: Batch, dynamic_shapes: Any = None, *, dynamic: str = "all", budget: float | None = None
+) -> tuple[fx.GraphModule, list[str]]:
+    """torch.export on one batch, and a note on the sizes that the model fixes.
+
+    Args:
+        dynamic_shapes: as torch.export takes it; None leaves the choice to `dynamic`.
+        dynamic: "all" sizes, the "batch" (dim 0 of every tensor that has the first one's), or "none".
+        budget: seconds of processor time.
+
+    Raises:
+        OverBudgetError: it takes longer. Whatever torch.export raises.
+    """
     model, batch = twin(model), batch.in_order(model)  # some modules (LSTM) rebind their attributes meanwhile
     frozen = _thaw(model)
     _spell_out_kwargs(model, batch)
-    shapes = batch.dynamic_shapes(model) if dynamic_shapes is None else dynamic_shapes
-    with exporting(), nothing_else_drawn():
+    shapes = batch.dynamic_shapes(model, dynamic) if dynamic_shapes is None else dynamic_shapes
+    label = {"all": "every size dynamic", "batch": "a dynamic batch"}.get(dynamic, "the example's sizes")
+    with Stopwatch(f"capture: torch.export with {label}", budget), exporting(), nothing_else_drawn():
         program = torch.export.export(model, batch.args, batch.kwargs, dynamic_shapes=shapes, strict=False)
         gm = program.module()
         for name, tensor in frozen.items():
             attach(gm, name, tensor, is_persistent(gm, name))
         gm = normalize(gm)
         follow_inputs(gm)
-        return gm, _fixed_sizes(program) if dynamic_shapes is None else []
+        return gm, _fixed_sizes(program) if dynamic_shapes is None and dynamic == "all" else []
 
 
 def _thaw(model: nn.Module) -> dict[str, Tensor]:

@@ -1,40 +1,174 @@
-"""Whether a captured graph computes what the model does: both run on the example."""
+"""Whether a captured graph computes what the model does: both run on the example, and on a second input."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
 
 from mono_quant_fx import graph
-from mono_quant_fx.capture_errors import explain_own_failure
+from mono_quant_fx.agreement import Tolerance, coarsest, difference, tolerance
+from mono_quant_fx.capture_errors import explain_own_failure, reason
 from mono_quant_fx.data import Batch, leaves
 from mono_quant_fx.errors import CaptureError
 from mono_quant_fx.randomness import own_generators
+from mono_quant_fx.this_thread import unheard
+from mono_quant_fx.variants import Variant, variants
 
 
-def expectation(model: nn.Module, example: Batch) -> list[Any] | None:
-    """What the model gives on the example, as leaves; None where it has tensors without values.
+class Expectation:
+    """What a model gives on its example; and on second inputs, where it runs on them, once they are asked for.
+
+    Raises:
+        CaptureError: the model itself fails on the example.
+    """
+
+    def __init__(self, model: nn.Module, example: Batch):
+        self.model, self.example = model, example
+        self.variants = variants(example)
+        self._seconds: dict[Variant, tuple[Batch, list[Any]] | None] = {}
+        try:
+            self.first = self._run(example)
+        except Exception as e:
+            raise CaptureError(explain_own_failure(model, example.label, e)) from e
+
+    def second(self, variant: Variant) -> tuple[Batch, list[Any]] | None:
+        """A second input and the output on it; None where the model fails, or gives NaN that the example does not."""
+        if variant not in self._seconds:
+            self._seconds[variant] = self._try(variant.of(self.example))
+        return self._seconds[variant]
+
+    def runs_on(self, batch: Batch) -> bool:
+        """Whether the model takes a batch."""
+        return self._try(batch) is not None
+
+    @functools.cached_property
+    def allowed(self) -> Tolerance:
+        """How near a graph has to come, by the dtypes that the model computes in."""
+        tensors = (t for _, t in graph.named_tensors(self.model))
+        return tolerance(coarsest(lambda: self._run(self.example), iter([*tensors, *self.first])))
+
+    def _run(self, batch: Batch) -> list[Any]:
+        given = _copied(batch)
+        return _outputs(_running_twin(self.model), lambda m: m(*given.args, **given.kwargs))
+
+    def _try(self, batch: Batch) -> tuple[Batch, list[Any]] | None:
+        try:
+            with unheard():  # what the model says of an input that the user did not give is no news
+                found = self._run(batch)
+        except Exception:
+            return None
+        return (batch, found) if _is_finite(found) or not _is_finite(self.first) else None
+
+
+def expectation(model: nn.Module, example: Batch) -> Expectation | None:
+    """What the model gives; None where it has tensors without values.
 
     Raises:
         CaptureError: the model itself fails on the example.
     """
     if any(t.is_meta for _, t in graph.named_tensors(model)):
         return None
+    return Expectation(model, example)
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Where a faithful graph still differs from the model.
+
+    Attributes:
+        held_back: the respects of ASPECTS in which its own checks refuse inputs that the model takes.
+        single: what sets it apart from the model on a batch of one; "" where nothing does.
+    """
+
+    held_back: frozenset[str] = frozenset()
+    single: str = ""
+
+
+def check_faithful(gm: fx.GraphModule, expected: Expectation, *, is_strict: bool = False) -> Findings:
+    """Compares the graph with the model on the example and on second inputs that the model takes.
+
+    Args:
+        is_strict: a batch of one may not differ either.
+
+    Raises:
+        CaptureError: the graph gives something else than the model, or fails where the model does not.
+    """
+    found = _compare(gm, expected, expected.example, expected.first)
+    if found is not None:
+        raise CaptureError(f"{found}. Most likely Python control flow was frozen")
+    held, refused, single = set[str](), list[frozenset[str]](), ""
+    for variant in expected.variants:
+        second = None if variant.differs <= held else expected.second(variant)
+        if second is None:
+            continue
+        try:
+            found = _compare(gm, expected, *second)
+        except _RefusedError:
+            refused.append(variant.differs)
+            continue
+        if found is not None and (is_strict or variant.differs != {"single"}):
+            raise CaptureError(f"{found}. Most likely Python control flow was frozen")
+        held |= variant.differs
+        single = found or single
+    return Findings(frozenset(a for differs in refused if len(left := differs - held) == 1 for a in left), single)
+
+
+class _RefusedError(Exception):
+    """A check of its inputs that the graph carries refuses them."""
+
+
+def _compare(gm: fx.GraphModule, expected: Expectation, batch: Batch, outputs: list[Any]) -> str | None:
+    """What sets the graph apart from the model, in words; None where nothing does.
+
+    Raises:
+        _RefusedError: the graph refuses the batch.
+    """
+    is_example = batch is expected.example
+    where = f"on {batch}" if is_example else f"on a second input {batch}"
     try:
-        return _outputs(_running_twin(model), lambda m: m(*example.args, **example.kwargs))
+        actual = _outputs(_running_twin(gm), functools.partial(_interpret, values=_copied(batch).bind(gm)))
     except Exception as e:
-        raise CaptureError(explain_own_failure(model, example.label, e)) from e
+        if _is_refusal(e) and not is_example:
+            raise _RefusedError from e
+        return f"the traced graph fails {where}, where the model runs: {reason(e)}"
+    found = difference(outputs, actual, tolerance(torch.float32))
+    if found is not None:
+        found = difference(outputs, actual, expected.allowed)
+    return None if found is None else f"the traced graph computes something else than the model {where}: {found}"
 
 
-def check_faithful(gm: fx.GraphModule, example: Batch, expected: list[Any]) -> None:
-    """Raises CaptureError if the graph gives something else on the example than `expected`."""
-    actual = _outputs(_running_twin(gm), functools.partial(_interpret, values=example.bind(gm)))
-    if len(actual) != len(expected) or not all(map(_same, expected, actual)):
-        raise CaptureError("the traced graph computes something else than the model: Python control flow was frozen")
+def _is_refusal(error: Exception) -> bool:
+    """Whether a check of its inputs that the graph carries raised the error."""
+    text = str(error)
+    return isinstance(error, AssertionError | RuntimeError) and (
+        text.startswith(("Guard failed", "Runtime assertion failed"))
+    )
+
+
+def _is_finite(outputs: list[Any]) -> bool:
+    tensors = [t for t in outputs if isinstance(t, Tensor) and (t.is_floating_point() or t.is_complex())]
+    return all(bool(t.isfinite().all()) for t in tensors)
+
+
+def _copied(batch: Batch) -> Batch:
+    """The batch for one run, which may write into it."""
+    return batch.map_tensors(Tensor.clone)
+
+
+class _OrdinaryPath(TorchFunctionMode):
+    """Torch's attention layers take a fused path without gradients, which gives zeros where a mask says padding.
+
+    A trace sees the ordinary path, and so must what it is compared with. Any mode keeps them on it.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
 
 
 def _interpret(gm: nn.Module, values: list[Any]) -> Any:
@@ -54,15 +188,5 @@ def _running_twin(model: nn.Module) -> nn.Module:
 
 def _outputs(model: nn.Module, run: Callable[[nn.Module], Any]) -> list[Any]:
     """The leaves of an output, under the random numbers that every run gets."""
-    with torch.no_grad(), own_generators():
+    with torch.no_grad(), _OrdinaryPath(), own_generators():
         return leaves(run(model))
-
-
-def _same(a: Any, b: Any) -> bool:
-    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
-        return type(a) is type(b) and (not isinstance(a, int | float | str) or a == b)
-    if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
-        return False
-    if not (a.is_floating_point() or a.is_complex()):
-        return torch.equal(a, b)
-    return torch.allclose(a, b, rtol=1e-3, atol=1e-5, equal_nan=True)
