@@ -23,7 +23,7 @@ def twin(model: nn.Module) -> nn.Module:
     except Exception:
         return model
     for module in model.modules():
-        module._compiled_call_impl = None  # of module.compile()
+        vars(module).pop("_compiled_call_impl", None)  # of module.compile()
         if _is_compiled(module):
             object.__setattr__(module, "forward", functools.partial(_call, module._modules["_orig_mod"]))
     return model
