@@ -16,6 +16,7 @@ from mono_quant_fx import graph
 from mono_quant_fx.errors import PlanError
 from mono_quant_fx.saving import digest
 from mono_quant_fx.tensor_folder import TensorFolder, Tensors
+from mono_quant_fx.wrapped_names import align, few
 
 #: How many names an error lists.
 SHOWN = 5
@@ -74,13 +75,16 @@ class Checkpoint:
 def match(tensors: Tensors, gm: fx.GraphModule, model: nn.Module) -> Checkpoint:
     """Finds every tensor of the float graph in the checkpoint, under any of its names, or in the model.
 
+    Names in the checkpoint may have what torch.compile, DataParallel and FSDP put into them (see wrapped_names).
+
     Raises:
         PlanError: a tensor is nowhere, has another shape or dtype, or two that are tied differ; names them all (five).
     """
     aliases = _aliases(model)
+    spelled = align(tensors.entries, [name for part in (model, gm) for name, _ in graph.named_tensors(part)])
     names, values, faults, absent = dict[str, str](), dict[str, Tensor](), list[str](), list[str]()
     for name, tensor in graph.named_tensors(gm):
-        found = [n for n in aliases.get(name, [name]) if n in tensors.entries]
+        found = [spelled[n] for n in aliases.get(name, [name]) if n in spelled]
         value = tensor if not tensor.is_meta else _own_value(model, name)
         if found:
             names[name] = found[0]
@@ -95,7 +99,7 @@ def match(tensors: Tensors, gm: fx.GraphModule, model: nn.Module) -> Checkpoint:
         faults = list(dict.fromkeys(faults))
         more = f"; and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
         raise PlanError(f"{tensors.path} does not fit {type(model).__name__}: {'; '.join(faults[:SHOWN])}{more}")
-    known = {name for name, _ in graph.named_tensors(model)}
+    known = set(spelled.values())
     return Checkpoint(tensors, names, values, tuple(n for n in tensors.entries if n not in known))
 
 
@@ -138,8 +142,8 @@ def _dtype(dtype: torch.dtype) -> str:
 
 def _missing(tensors: Tensors, absent: list[str], model: nn.Module) -> str:
     own = {name for name, _ in graph.named_tensors(model)}
+    listed = few(absent)
     outside = [n for n in absent if n not in own or not graph.is_persistent(model, n)]
-    listed = ", ".join(absent[:SHOWN]) + (f" and {len(absent) - SHOWN} more" if len(absent) > SHOWN else "")
     if outside:
         remedy = (
             f"{outside[0]} is no part of the state_dict, so that its value has to come from the model: give that "
@@ -147,7 +151,8 @@ def _missing(tensors: Tensors, absent: list[str], model: nn.Module) -> str:
         )
     else:
         remedy = (
-            "give the checkpoint of this very model; where a weight is tied to one that is there, build the model "
-            "inside `with torch.device('meta')`, since .to('meta') unties it"
+            f"the names in the checkpoint are {few(tensors.entries)}; give the checkpoint of this very model; where a "
+            "weight is tied to one that is there, build the model inside `with torch.device('meta')`, since "
+            ".to('meta') unties it"
         )
     return f"{tensors.path} does not have {listed}, which {type(model).__name__} needs: {remedy}"

@@ -19,7 +19,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mono_quant_fx.errors import CheckpointError
+from mono_quant_fx.errors import CheckpointError, FileFormatError
+from mono_quant_fx.file_kinds import START, kind_of
+from mono_quant_fx.folder_paths import inside, is_plain
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 #: Bytes of JSON that are read: an index of a million tensors is smaller.
@@ -45,7 +47,7 @@ class Checkpoint:
         if not self.folder.is_dir():
             raise CheckpointError(f"{self.folder}: a folder with {SINGLE} or {INDEX} is needed")
         listed = self._listed()
-        self._open = {file: _open(self.folder / file) for file in dict.fromkeys(listed.values())}
+        self._open = {file: _open(self.folder, file) for file in dict.fromkeys(listed.values())}
         if (self.folder / INDEX).exists():
             present = {file: set(opened.keys()) for file, opened in self._open.items()}
             for name, file in listed.items():
@@ -97,7 +99,7 @@ class Checkpoint:
 
     def json(self, file: str) -> dict[str, Any] | None:
         """A JSON object of the folder; None without the file."""
-        path = self.folder / file
+        path = _inside(self.folder, file)
         return read_json(path) if path.is_file() else None
 
     def _listed(self) -> dict[str, str]:
@@ -225,18 +227,35 @@ def _weight_map(path: Path, index: Mapping[str, Any]) -> dict[str, str]:
     if not isinstance(listed, dict) or not listed:
         raise CheckpointError(f"{path}: its weight_map, tensor -> file, is missing")
     for name, file in listed.items():
-        if not isinstance(file, str) or not file.endswith(".safetensors") or set(file) & set("/\\:\0"):
+        if not is_plain(file):
             raise CheckpointError(
                 f"{path}: {name!r} lies in {str(file)[:200]!r}; the plain name of a *.safetensors file is needed"
             )
     return listed
 
 
-def _open(path: Path) -> Any:
+def _inside(folder: Path, file: str) -> Path:
+    try:
+        return inside(folder, file)
+    except FileFormatError as e:
+        raise CheckpointError(str(e)) from None
+
+
+def _open(folder: Path, file: str) -> Any:
+    path = _inside(folder, file)
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as e:
-        raise CheckpointError(f"{path} cannot be read as safetensors: {e}") from e
+        raise CheckpointError(f"{folder / file} cannot be read as safetensors: {_instead(path) or e}") from e
+
+
+def _instead(path: Path) -> str | None:
+    """What a file is that is no safetensors file."""
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        kind = kind_of(file.read(START), path.stat().st_size)
+    return kind and f"this is {kind.words}: {kind.remedy}"
 
 
 def _kind(dtypes: tuple[torch.dtype | None, ...], shape: tuple[int, ...]) -> str:

@@ -6,7 +6,6 @@ Whatever goes wrong is one line on stderr. Results go to stdout, warnings to std
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import traceback
 import warnings
@@ -21,6 +20,7 @@ from mono_quant_fx.cli_export import run_export
 from mono_quant_fx.cli_options import add_config_options
 from mono_quant_fx.cli_quantize import run_quantize
 from mono_quant_fx.cli_report import THRESHOLD, inspect_file, verdict
+from mono_quant_fx.cli_streams import flush_streams, open_closed_streams, say
 from mono_quant_fx.cli_text import FORMATS, PROGRAM, CommandError, Grid, Report, printable
 from mono_quant_fx.errors import AccuracyError
 from mono_quant_fx.tensor_file import TensorFile
@@ -42,14 +42,15 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code (argparse leaves by SystemExit)."""
-    options = _parser().parse_args(argv)
+    open_closed_streams()
+    options = argparse.Namespace(traceback=False)
     try:
         with _warnings_as_lines():
+            options = _options(argv)
             code: int = options.run(options)
             sys.stdout.flush()
             return code
     except BrokenPipeError:
-        _close_stdout()
         return PIPE_CLOSED
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED)
@@ -57,10 +58,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(str(e), BELOW)
     except Exception as e:  # the user's code and the user's files raise what they like
         if options.traceback:
-            traceback.print_exc()
-        if isinstance(e, OSError):
-            _close_stdout()
+            say(traceback.format_exc())
         return _fail(_words(e), BAD)
+    finally:
+        flush_streams()
+
+
+def _options(argv: Sequence[str] | None) -> argparse.Namespace:
+    try:
+        return _parser().parse_args(argv)
+    except SystemExit:
+        sys.stdout.flush()  # --help into a pipe or a full disk
+        raise
 
 
 def _words(error: Exception) -> str:
@@ -71,24 +80,14 @@ def _words(error: Exception) -> str:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"{PROGRAM}: error: {printable(' '.join(message.split()))}", file=sys.stderr)
+    say(f"{PROGRAM}: error: {printable(' '.join(message.split()))}")
     return code
-
-
-def _close_stdout() -> None:
-    """What is left in the buffer cannot be written; without this, Python would complain of it on its way out."""
-    try:
-        sys.stdout.flush()
-    except (OSError, ValueError):
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, sys.stdout.fileno())
-        os.close(null)
 
 
 @contextmanager
 def _warnings_as_lines() -> Iterator[None]:
     def show(message: Warning | str, *_: object) -> None:
-        print(f"{PROGRAM}: warning: {printable(' '.join(str(message).split()))}", file=sys.stderr)
+        say(f"{PROGRAM}: warning: {printable(' '.join(str(message).split()))}")
 
     with warnings.catch_warnings():
         warnings.showwarning = show  # type: ignore[assignment]

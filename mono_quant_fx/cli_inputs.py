@@ -6,10 +6,8 @@ import contextlib
 import functools
 import importlib
 import inspect
-import json
 import os
 import re
-import stat
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
@@ -20,12 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from mono_quant_fx.cli_text import CommandError, printable
+from mono_quant_fx.file_kinds import PICKLED, START, kind_of
 from mono_quant_fx.graph import named_tensors
 from mono_quant_fx.tensor_file import TensorFile
+from mono_quant_fx.tensor_folder import open_tensors
+from mono_quant_fx.tensor_writer import naming
+from mono_quant_fx.wrapped_names import align, few
 
-#: Files of torch.save, by suffix; everything else is read as safetensors.
-PICKLED = (".pt", ".pth", ".bin")
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 #: How many differing tensors an error lists.
 SHOWN = 5
 
@@ -77,21 +76,22 @@ def _users_code(what: str) -> Iterator[None]:
 def load_checkpoint(model: nn.Module, path: Path) -> None:
     """Copies a checkpoint's tensors into the model: every name and shape has to be the model's.
 
-    A name that is missing is no fault where the model ties it to one that is there.
+    Names may have what torch.compile, DataParallel and FSDP put into them (see wrapped_names). A name that is missing
+    is no fault where the model ties it to one that is there.
 
     Raises:
         CommandError: the names or shapes differ, or the file holds something else.
         FileFormatError, OSError: it cannot be read.
     """
-    state = read_checkpoint(path)
+    found = read_checkpoint(path)
     own = model.state_dict(keep_vars=True)
-    tied = {id(tensor) for name, tensor in own.items() if name in state}
-    faults = [f"{name} is in the checkpoint and not in the model" for name in state if name not in own]
-    faults += [
-        f"{name} is in the model and not in the checkpoint"
-        for name, tensor in own.items()
-        if name not in state and id(tensor) not in tied
-    ]
+    spelled = align(found, own)
+    state = {name: found[there] for name, there in spelled.items()}
+    tied = {id(own[name]) for name in state}
+    extra = sorted(found.keys() - spelled.values())
+    absent = [name for name, tensor in own.items() if name not in state and id(tensor) not in tied]
+    faults = [f"{few(map(printable, extra))}: in the checkpoint and not in the model"] if extra else []
+    faults += [f"{few(absent)}: in the model and not in the checkpoint"] if absent else []
     faults += [
         f"{name} is {list(state[name].shape)} in the checkpoint and {list(tensor.shape)} in the model"
         for name, tensor in own.items()
@@ -99,56 +99,36 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
     ]
     if faults:
         more = f"; and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
-        raise CommandError(f"{path} does not fit the model: {'; '.join(sorted(faults)[:SHOWN])}{more}")
+        raise CommandError(f"{path} does not fit the model: {'; '.join(faults[:SHOWN])}{more}")
     model.load_state_dict(state, strict=False)
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, of a folder as Hugging Face writes it, or of a file of torch.save."""
-    if path.is_dir():
-        return _folder(path)
-    if path.suffix in PICKLED:
-        return _pickled(path)
-    file = TensorFile(path)
-    return {name: file.tensor(name) for name in file.entries}
+    """The tensors of a safetensors file, of a folder as Hugging Face writes it, or of a file of torch.save.
 
-
-def _folder(path: Path) -> dict[str, Tensor]:
-    if not (path / INDEX).exists():
-        if not (path / SINGLE).exists():
-            raise CommandError(f"{path}: this folder has neither {SINGLE} nor {INDEX}")
-        return read_checkpoint(path / SINGLE)
-    try:
-        shards = json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        names = sorted({str(shard) for shard in shards.values()})
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        raise CommandError(f"{path / INDEX}: no weight_map from tensors to files ({type(e).__name__})") from e
-    state: dict[str, Tensor] = {}
-    for name in names:
-        if Path(name).name != name:
-            raise CommandError(f"{path / INDEX}: {printable(name)!r} is no file of this folder")
-        state |= read_checkpoint(path / name)
-    missing = sorted(shards.keys() - state.keys())
-    if missing:
-        raise CommandError(f"{path}: no file has the tensor {printable(missing[0])!r} that {INDEX} lists")
-    return state
+    What a file is, its first bytes tell and not its name.
+    """
+    if path.is_file():
+        with naming(path), path.open("rb") as start:
+            kind = kind_of(start.read(START), path.stat().st_size)
+        if kind in PICKLED:
+            return _pickled(path)
+    found = open_tensors(path)
+    return {name: found.tensor(name) for name in found.entries}
 
 
 def _pickled(path: Path) -> dict[str, Tensor]:
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise CommandError(f"{path}: this is not a regular file")
-    path.open("rb").close()
     try:
-        with warnings.catch_warnings():
+        with path.open("rb") as file, warnings.catch_warnings():  # of a name torch.load would believe the suffix
             warnings.simplefilter("ignore")  # about protocols of pickle; what cannot be read is refused below
-            found = torch.load(path, map_location="cpu", weights_only=True)
+            found = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as e:  # whatever damaged bytes make of it, OSError among it
         reason = re.search(r"WeightsUnpickler error: ([^\n]{,120})", str(e))  # not torch's advice to trust the file
         raise CommandError(
             f"{path}: torch.load(weights_only=True) refuses it, so it is damaged or holds more than tensors, and code "
             f"from a file is never run; save model.state_dict() instead ({reason[1] if reason else type(e).__name__})"
         ) from e
-    for key in ("state_dict", "model"):
+    for key in ("state_dict", "model_state_dict", "model", "module"):
         if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
             found = found[key]
     pairs = found.items() if isinstance(found, Mapping) else [(None, None)]

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from mono_quant_fx.errors import FileFormatError
+from mono_quant_fx.file_kinds import START, kind_of
 from mono_quant_fx.tensor_header import MAX_HEADER, PREFIX, Entry, fits, parse_header, shown
 from mono_quant_fx.tensor_writer import TensorWriter, memory, naming, write_tensors
 
@@ -59,16 +60,25 @@ class TensorFile:
         # without O_NONBLOCK, opening a pipe waits for a writer
         self._descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         self._close = weakref.finalize(self, os.close, self._descriptor)
+        self._mapping: mmap.mmap | None = None
         try:
-            self._mapping: mmap.mmap | None = self._map()
+            self._mapping = self._map()
             self._data = self._parse(self._mapping)
         except FileFormatError as error:
+            said = self._otherwise(error)
             self.close()
-            advice = "the file is damaged or no safetensors file: save or download it again"
-            raise FileFormatError(f"{self.path}: {error} ({advice})") from None
+            raise FileFormatError(f"{self.path}: {said}") from None
         except BaseException:
             self.close()
             raise
+
+    def _otherwise(self, error: FileFormatError) -> str:
+        """What the file is instead, by its first bytes, or what is wrong with it."""
+        start = self._mapping[:START] if self._mapping is not None else b""
+        kind = kind_of(start, len(self._mapping or b""))
+        if kind is not None:
+            return f"this is {kind.words}, and no safetensors file: {kind.remedy}"
+        return f"{error} (the file is damaged or no safetensors file: save or download it again)"
 
     def _map(self) -> mmap.mmap:
         found = os.fstat(self._descriptor)

@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from mono_quant_fx.errors import FileFormatError
+from mono_quant_fx.folder_paths import inside, is_plain
 from mono_quant_fx.tensor_file import TensorFile
 from mono_quant_fx.tensor_header import MAX_HEADER, Entry, parse_object, shown
 
@@ -26,8 +27,8 @@ class TensorFolder:
     """The files of an index as one: what TensorFile offers, with the index's metadata (the texts of it).
 
     `path` is the index, `files` the open files by name. Only what the index names is in `entries`.
-    Raises FileFormatError for an index or a file that is damaged, for a file name that leads out of the folder, and
-    for a tensor that is not in its file; OSError for a file that cannot be opened.
+    Raises FileFormatError for an index or a file that is damaged, for a file name or a link that leads out of the
+    folder, and for a tensor that is not in its file; OSError for a file that cannot be opened.
     """
 
     path: Path
@@ -43,7 +44,7 @@ class TensorFolder:
         self.files = {}
         try:
             for name in dict.fromkeys(self._file_of.values()):
-                self.files[name] = TensorFile(self.path.parent / name)
+                self.files[name] = TensorFile(inside(self.path.parent, name))
         except FileNotFoundError as error:
             raise FileFormatError(f"{self.path} names {shown(name)}, which is missing: download it again") from error
         self.entries = {}
@@ -96,7 +97,7 @@ def open_tensors(path: str | os.PathLike[str]) -> Tensors:
     if not path.is_dir():
         return TensorFile(path)
     if (path / SINGLE).exists():
-        return TensorFile(path / SINGLE)
+        return TensorFile(inside(path, SINGLE))
     if (path / INDEX).exists():
         return TensorFolder(path)
     if (path / PARTIAL).exists():
@@ -129,8 +130,3 @@ def read_index(path: Path) -> dict[str, Any]:
     except FileFormatError as error:
         raise FileFormatError(f"{path}: {error} (the index is damaged: download or save it again)") from None
     return index
-
-
-def is_plain(name: object) -> bool:
-    """Whether this names a .safetensors file, and no path to somewhere else."""
-    return isinstance(name, str) and name.endswith(".safetensors") and not set(name) & set("/\\\0") and name[0] != "."

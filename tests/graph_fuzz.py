@@ -217,7 +217,7 @@ class Mutant:
         tensor, record = self.tensors[name], self.data["tensors"][name]
         draw = self.chance.random()
         if draw < 0.4:
-            tensor = torch.full_like(tensor, min(self.number(), 100)) if tensor.dtype != torch.bool else ~tensor
+            tensor = torch.full(tensor.shape, self.number()).to(tensor.dtype)  # integers wrap
             tensor = tensor * self.chance.choice([1, -1, 2**40, math.nan]) if tensor.is_floating_point() else tensor
         elif draw < 0.65:
             dtype = DTYPES[self.chance.choice(TYPES)]

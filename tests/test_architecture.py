@@ -18,8 +18,21 @@ SOURCES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "passes").glob("*.py")])
 
 #: Each layer may import the layers above its own line, and its own. Modules that are not named belong to the last.
 LAYERS = [
-    {"errors", "version", "html", "layout", "surroundings", "this_thread", "tracing_lock", "copying"},
-    {"belongings", "checks", "randomness", "records", "tensor_header", "checkpoint_files", "workers"},
+    {
+        "errors",
+        "version",
+        "html",
+        "layout",
+        "surroundings",
+        "this_thread",
+        "tracing_lock",
+        "copying",
+        "file_kinds",
+        "wrapped_names",
+    },
+    {"belongings", "checks", "randomness", "records", "tensor_header", "workers"},
+    {"folder_paths"},
+    {"checkpoint_files"},
     {"tensor_writer"},
     {"tensor_file"},
     {"tensor_folder"},
@@ -105,7 +118,7 @@ LAYERS = [
     {"stream_files"},
     {"streaming"},
     {"compile_backend", "verification"},
-    {"cli_text", "cli_options"},
+    {"cli_text", "cli_options", "cli_streams"},
     {"cli_inputs", "cli_report", "cli_compare"},
     {"cli_quantize", "cli_export"},
     {"__init__", "__main__", "cli", "demo", "demo_model"},

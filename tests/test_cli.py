@@ -268,7 +268,7 @@ def test_a_critical_finding_that_the_user_made_an_error_is_1(tmp_path, capsys):
         ({"--model": "cli_nets:hollow_make", "--calibration": "inputs.safetensors"}, "is on the meta device"),
         (
             {"--model": "cli_nets:Tied"},
-            "net.safetensors does not fit the model: 0.bias is in the checkpoint and not in",
+            "does not fit the model: 0.bias, 0.weight, 2.bias and 5 more: in the checkpoint and not in",
         ),
         ({"--bits": "3"}, "bits=3: bits is 4 or 8"),
         ({"--skip": "layers"}, "layers"),
@@ -315,7 +315,8 @@ def test_a_pickle_that_needs_more_than_tensors_is_refused_and_not_run(work, tmp_
     (tmp_path / "cut.pt").write_bytes((work / "net.pt").read_bytes()[:5000])
     torch.save([torch.zeros(2)], tmp_path / "list.pt")
     command = ["--model", "cli_nets:make", "--out", tmp_path / "x"]
-    for name in ("zip", "bare", "noise", "cut"):
+    assert "no safetensors file" in failure(capsys, ["quantize", tmp_path / "noise.pt", *command])
+    for name in ("zip", "bare", "cut"):
         line = failure(capsys, ["quantize", tmp_path / f"{name}.pt", *command])
         assert "torch.load(weights_only=True) refuses it" in line and "Re-running" not in line
     assert "a state_dict is needed" in failure(capsys, ["quantize", tmp_path / "list.pt", *command])
@@ -325,12 +326,12 @@ def test_a_pickle_that_needs_more_than_tensors_is_refused_and_not_run(work, tmp_
 @pytest.mark.parametrize(
     ("index", "expected"),
     [
-        ({"weight_map": {"w": "../net.safetensors"}}, "'../net.safetensors' is no file of this folder"),
-        ({"weight_map": {"w": "/etc/passwd"}}, "is no file of this folder"),
-        ({"weight_map": ["w"]}, "no weight_map"),
-        ([], "no weight_map"),
-        ({"weight_map": {"more": "a.safetensors"}}, "no file has the tensor 'more'"),
-        (None, "has neither model.safetensors nor model.safetensors.index.json"),
+        ({"weight_map": {"w": "../net.safetensors"}}, "'../net.safetensors'; that must be the name of a"),
+        ({"weight_map": {"w": "/etc/passwd"}}, "in the same folder, without a path"),
+        ({"weight_map": ["w"]}, "weight_map is ['w']"),
+        ([], "the index starts with"),
+        ({"weight_map": {"more": "a.safetensors"}}, "tensor 'more' is not in a.safetensors"),
+        (None, "a folder needs model.safetensors, or model.safetensors.index.json"),
     ],
 )
 def test_a_folder_that_is_no_checkpoint(index, expected, tmp_path, capsys):
