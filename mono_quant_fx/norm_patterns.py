@@ -34,6 +34,11 @@ def is_vector(shape: Sequence[int]) -> bool:
     return max(shape, default=1) == math.prod(shape)
 
 
+def is_elementwise(node: fx.Node) -> bool:
+    """Whether a node is a product, a quotient, a sum or a difference."""
+    return base_name(node) in _PRODUCTS | _SUMS
+
+
 def norm_kind(user: fx.Node, weight: fx.Node) -> str:
     """ "RMSNorm" or "LayerNorm" where `user` is on the way of the vector `weight` into one, else ""."""
     for product, operand in _products(user, weight):

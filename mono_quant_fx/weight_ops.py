@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from mono_quant_fx.arguments import argument
 from mono_quant_fx.graph import get_attribute, get_tensor, module_path, module_stack, op_name
-from mono_quant_fx.norm_patterns import is_vector, norm_kind
+from mono_quant_fx.norm_patterns import is_elementwise, is_vector, norm_kind
 from mono_quant_fx.ops.registry import is_ours
 from mono_quant_fx.permutations import Axes, composed, permutation
 from mono_quant_fx.weight_table import GENERAL_CONVS, WeightOp, rows_for, unpermuted
@@ -133,10 +133,11 @@ def _classify(user: fx.Node, weight: fx.Node, tensor: Tensor, axes: Axes) -> Wei
         return _rule(user, row, tensor, axes)
     if any(row.bias and argument(user, row.bias) is weight for row in rows) or (rows and rows[0].layout is None):
         return None
-    if is_vector(tensor.shape):
-        kind = norm_kind(user, weight)
-        reason = f"{kind} is a normalization" if kind else f"a {tensor.dim()}-D constant in {name} has no rows to group"
-        return WeightUse(user, kind or name, None, reason)
+    kind = norm_kind(user, weight) if is_vector(tensor.shape) else ""
+    if kind:
+        return WeightUse(user, kind, None, f"{kind} is a normalization")
+    if is_vector(tensor.shape) and is_elementwise(user):
+        return WeightUse(user, name, None, f"a {tensor.dim()}-D constant in {name} has no rows to group")
     return WeightUse(user, name, None, f"{name} is no op that takes a quantized weight")
 
 
