@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from mono_quant_fx import graph
 from mono_quant_fx.annotation import annotated
@@ -15,6 +15,7 @@ from mono_quant_fx.collection import collect
 from mono_quant_fx.config import check_thresholds
 from mono_quant_fx.data import Batch, Prepare, leaves
 from mono_quant_fx.errors import CalibrationError, PreconditionError
+from mono_quant_fx.float_graphs import both_graphs
 from mono_quant_fx.lockstep import Lockstep
 from mono_quant_fx.metrics import ErrorSum
 from mono_quant_fx.outputs import OutputSums, headline
@@ -29,7 +30,7 @@ GOOD_DB = 30.0
 
 @in_plain_surroundings
 def measure_accuracy(
-    reference: fx.GraphModule,
+    reference: nn.Module,
     quantized: fx.GraphModule,
     batches: Iterable[Any] | None = None,
     *,
@@ -42,17 +43,19 @@ def measure_accuracy(
     """One row a weight-carrying node, in execution order (`all_nodes`: one a floating-point node).
 
     Args:
-        reference: the captured float graph.
+        reference: the captured float graph, or the model, which is then captured as it was for `quantized`.
         quantized: what a pipeline made of it.
         batches: data to measure outputs on; None measures weights only.
         num_samples: use the first so many samples along dim 0; None uses all. A batch whose dim 0 is not certainly the
             batch's is not cut.
 
     Raises:
-        PreconditionError: `quantized` carries no annotations, or is not made from `reference`.
+        PreconditionError: `quantized` carries no annotations, or is not made from `reference`; or no graph was given.
+        CaptureError: `reference` is a model, and has no graph.
         CalibrationError: the data is empty or does not fit.
     """
     check_thresholds(sqnr_warning_threshold, sqnr_error_threshold)
+    reference, quantized, batches = both_graphs(reference, quantized, batches, prepare_batch, "measure_accuracy")
     rows = _weight_rows(reference, quantized)
     if not rows:
         raise PreconditionError("measure_accuracy: no node is annotated; run skip-annotation on the graph first")

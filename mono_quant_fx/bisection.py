@@ -60,10 +60,7 @@ def bisect(
     """See Pipeline.bisect."""
     if isinstance(threshold_db, bool) or not isinstance(threshold_db, int | float) or not math.isfinite(threshold_db):
         raise ConfigError(f"threshold_db={threshold_db!r}: a finite number of dB is needed, 20.0 for example")
-    if not isinstance(gm, fx.GraphModule):
-        raise PreconditionError(
-            f"bisect: a GraphModule is needed, not {type(gm).__name__}; mq.capture(model) makes one"
-        )
+    gm = graph.need_graph(gm, "bisect")
     batches, samples = collect(data, None, prepare_batch)
     _check_reference(gm, batches)
     steps: list[BisectionStep] = []

@@ -17,7 +17,7 @@ from mono_quant_fx.capture import captured
 from mono_quant_fx.collection import UNLIMITED, Reading, read
 from mono_quant_fx.config import QuantConfig
 from mono_quant_fx.data import Prepare
-from mono_quant_fx.errors import ConfigError
+from mono_quant_fx.errors import ConfigError, PreconditionError
 from mono_quant_fx.held_out import Split, split
 from mono_quant_fx.pass_base import Callback, Pass, Pipeline
 from mono_quant_fx.passes import (
@@ -103,7 +103,7 @@ def quantize(
     Raises:
         ConfigError, PatternError: a bad setting. CaptureError: no graph. CalibrationError: data that does not fit.
         WeightError: NaN or infinity in a weight, or a tensor without values.
-        NothingQuantizedError: every weight would be skipped.
+        NothingQuantizedError: every weight would be skipped. PreconditionError: the graph is quantized already.
         AccuracyError: accuracy_warning="error" and a critical finding; carries the result.
 
     >>> model = nn.Sequential(nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, 10)).eval()
@@ -121,6 +121,7 @@ def quantize(
     gm, notes = clock.time("capture", lambda: captured(model, example_inputs))
     for note in notes:
         warnings.warn(note, stacklevel=2)
+    require_float(gm)
     data = split(gm, *given, config.num_calibration_samples)
     out = default_pipeline(config, data.calibration, clock.lap)(gm).graph_module
     table = clock.time("accuracy", lambda: _measure(gm, out, data, config))
@@ -133,6 +134,16 @@ def quantize(
         warnings.warn(note, AccuracyWarning, stacklevel=2)
     check_accuracy_warnings(result, accuracy_warning=config.accuracy_warning, **_thresholds(config))
     return result
+
+
+def require_float(gm: fx.GraphModule) -> None:
+    """Raises PreconditionError if a weight of the graph is quantized already."""
+    done = [annotation.weight for _, annotation in annotated(gm) if annotation.lowered]
+    if done:
+        raise PreconditionError(
+            f"quantize: the graph is quantized already ({len(done)} weights, {done[0]!r} is one); to quantize it in "
+            "another way give the float model, or what mq.dequantize_model(graph) makes of it first"
+        )
 
 
 class _Clock:

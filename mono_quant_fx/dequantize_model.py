@@ -15,7 +15,6 @@ from mono_quant_fx.annotation import (
     stored_weight,
 )
 from mono_quant_fx.codes import restore
-from mono_quant_fx.errors import PreconditionError
 from mono_quant_fx.merging import unmerge
 from mono_quant_fx.ops.static_int8 import CONVS
 from mono_quant_fx.pass_base import Pass
@@ -52,9 +51,7 @@ def dequantize_model(gm: fx.GraphModule) -> fx.GraphModule:
     Raises:
         PreconditionError: `gm` is no GraphModule or holds nothing quantized.
     """
-    if not isinstance(gm, fx.GraphModule):
-        raise PreconditionError(f"dequantize_model: a GraphModule is needed, not {type(gm).__name__}")
-    return _Dequantize()(gm).graph_module
+    return _Dequantize()(graph.need_graph(gm, "dequantize_model")).graph_module
 
 
 def _restore(gm: fx.GraphModule, packed: fx.Node, annotation: QuantAnnotation) -> None:

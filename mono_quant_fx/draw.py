@@ -15,7 +15,8 @@ from torch import fx
 from mono_quant_fx.draw_facts import collect_facts, folded_into
 from mono_quant_fx.draw_svg import Canvas
 from mono_quant_fx.draw_tree import Box, build_tree
-from mono_quant_fx.errors import ConfigError, PreconditionError
+from mono_quant_fx.errors import ConfigError
+from mono_quant_fx.graph import need_graph
 from mono_quant_fx.html import Shown, asset, details, escape, frame
 from mono_quant_fx.printing import diff_graphs, format_graph, format_node
 from mono_quant_fx.table import AccuracyTable
@@ -131,11 +132,7 @@ def draw_diff(before: fx.GraphModule, after: fx.GraphModule, *, max_boxes: int =
 
 
 def _check(name: str, gm: object, max_boxes: object) -> None:
-    if not isinstance(gm, fx.GraphModule):
-        raise PreconditionError(
-            f"{name}: a GraphModule is needed, not {type(gm).__name__}; mq.capture(model) makes one, "
-            "and result.graph_module is one"
-        )
+    need_graph(gm, name)
     if not isinstance(max_boxes, int) or isinstance(max_boxes, bool) or max_boxes < 1:
         raise ConfigError(f"{name}: max_boxes={max_boxes!r}: a whole number from 1 on is needed")
 

@@ -128,7 +128,8 @@ _TRAINING = {torch.ops.aten.dropout.default: 2, torch.ops.aten.batch_norm.defaul
 def check_exported_mode(gm: fx.GraphModule) -> None:
     """Raises CaptureError if a graph was exported from a model in training mode."""
     for node in gm.graph.nodes:
-        if node.target in _TRAINING and node.args[_TRAINING[node.target]] is True:
+        always = node.target is torch.ops.aten.batch_norm.default and node.args[3] is None  # no statistics to use
+        if node.target in _TRAINING and node.args[_TRAINING[node.target]] is True and not always:
             raise CaptureError(
                 f"{type(gm).__name__}: {node.name} was exported in training mode; quantization works on a model in "
                 "eval mode: call model.eval() and export it again"

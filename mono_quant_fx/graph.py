@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from mono_quant_fx import copying
-from mono_quant_fx.errors import PassError
+from mono_quant_fx.errors import PassError, PreconditionError
 from mono_quant_fx.ops.registry import is_ours
 from mono_quant_fx.this_thread import unheard
 from mono_quant_fx.weight_table import PURE
@@ -44,6 +44,20 @@ def clone(gm: fx.GraphModule) -> fx.GraphModule:
     twin.meta = dict(gm.meta)
     twin.graph = graph
     return twin
+
+
+def need_graph(value: Any, caller: str) -> fx.GraphModule:
+    """The value, which has to be a graph.
+
+    Raises:
+        PreconditionError: it is something else; names mq.capture.
+    """
+    if not isinstance(value, fx.GraphModule):
+        raise PreconditionError(
+            f"{caller}: a GraphModule is needed, not {type(value).__name__}; mq.capture(model) makes one, and "
+            "result.graph_module is one"
+        )
+    return value
 
 
 def isolate(module: nn.Module) -> nn.Module:

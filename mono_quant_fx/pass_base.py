@@ -68,10 +68,7 @@ class Pass(ABC):
             PassError: requires, rewrite or ensures failed; the message names the pass, and the cause is kept.
         """
         source = gm.graph_module if isinstance(gm, PassResult) else gm
-        if not isinstance(source, fx.GraphModule):
-            raise PreconditionError(
-                f"{self.name}: a GraphModule is needed, not {type(source).__name__}; mq.capture(model) makes one"
-            )
+        graph.need_graph(source, self.name)
         self._check(self.requires(source), PreconditionError)
         before = fingerprint(source)
         result = graph.clone(source)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from mono_quant_fx.annotation import get_annotation
-from mono_quant_fx.graph import get_attribute, op_name
+from mono_quant_fx.graph import get_attribute, need_graph, op_name
 
 
 def format_graph(gm: fx.GraphModule) -> str:
@@ -23,7 +23,7 @@ def format_graph(gm: fx.GraphModule) -> str:
     %linear = linear(%input_1, %weight, %bias)
     return %linear
     """
-    return "\n".join(format_node(gm, node) for node in gm.graph.nodes)
+    return "\n".join(format_node(gm, node) for node in need_graph(gm, "format_graph").graph.nodes)
 
 
 def diff_graphs(before: fx.GraphModule, after: fx.GraphModule) -> str:

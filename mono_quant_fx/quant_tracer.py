@@ -79,7 +79,9 @@ class QuantTracer(fx.Tracer):
         return super().trace(root, concrete_args)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Weight modules are opened, and what has forward hooks; the rest of torch.nn stays whole, as in torch.fx."""
+        """Weight modules are opened, and what has forward hooks; the rest of torch.nn, and TorchScript, stays whole."""
+        if isinstance(m, torch.jit.ScriptModule):
+            return True
         hooked = m._forward_hooks or m._forward_pre_hooks
         return type(m) not in WEIGHT_MODULES and not hooked and super().is_leaf_module(m, module_qualified_name)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from mono_quant_fx.config import QuantConfig
+from mono_quant_fx.errors import PreconditionError
 from mono_quant_fx.graph_json import graph_to_json
 from mono_quant_fx.html import Shown, details, escape, frame, grid
 from mono_quant_fx.saving import write_model
@@ -133,9 +134,12 @@ def save(result: QuantizationResult, path: str | os.PathLike[str], *, graph: boo
         graph: also stores the graph, so that load needs no model.
 
     Raises:
+        PreconditionError: no QuantizationResult is given.
         NotSelfContainedError: graph=True, and a node calls what no file can hold; names the node.
         FileFormatError: a tensor whose type the format does not know. OSError: the file cannot be written.
     """
+    if not isinstance(result, QuantizationResult):
+        raise PreconditionError(f"save: what mq.quantize returned is needed, not {type(result).__name__}")
     gm = result.graph_module
     structure = graph_to_json(gm) if graph else None
     write_model(path, gm, result.accuracy, result.info, result.config, structure)

@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from mono_quant_fx import graph
@@ -26,6 +27,9 @@ def twin(model: nn.Module) -> nn.Module:
         vars(module).pop("_compiled_call_impl", None)  # of module.compile()
         if _is_compiled(module):
             object.__setattr__(module, "forward", functools.partial(_call, module._modules["_orig_mod"]))
+        if isinstance(module, torch.jit.ScriptModule):  # its tensors are copies, and none can be replaced later
+            for parameter in module.parameters():
+                parameter.requires_grad_(False)
     return model
 
 

@@ -19,6 +19,7 @@ from mono_quant_fx.collection import collect
 from mono_quant_fx.config import QuantConfig
 from mono_quant_fx.data import Prepare, leaves
 from mono_quant_fx.errors import AccuracyError
+from mono_quant_fx.float_graphs import both_graphs
 from mono_quant_fx.result import QuantizationResult
 from mono_quant_fx.surroundings import in_plain_surroundings
 from mono_quant_fx.table import CALIBRATION, AccuracyRow
@@ -141,7 +142,7 @@ class ValidationResult:
 
 @in_plain_surroundings
 def validate_quantization(
-    reference: fx.GraphModule,
+    reference: nn.Module,
     quantized: fx.GraphModule,
     batches: Iterable[Any] | None = None,
     *,
@@ -150,8 +151,9 @@ def validate_quantization(
     """SQNR, size, load test and weight range of a quantized graph against the captured float graph.
 
     Raises:
-        PreconditionError, CalibrationError: as measure_accuracy.
+        PreconditionError, CaptureError, CalibrationError: as measure_accuracy.
     """
+    reference, quantized, batches = both_graphs(reference, quantized, batches, prepare_batch, "validate_quantization")
     taken = None if batches is None else collect(batches, None, prepare_batch)[0]
     before, after = graph.total_bytes(reference), graph.total_bytes(quantized)
     errors = [*_load_errors(quantized, taken), *(ranges := _range_errors(quantized))]

@@ -41,7 +41,8 @@ def require_values(model: nn.Module) -> None:
 quantized by its values, those of biases and buffers too; load them first (load_state_dict(..., assign=True)), or \
 quantize the checkpoint itself (quantize_checkpoint)
     """
-    hollow = [f"{name!r} ({why})" for name, tensor in named_tensors(model) if (why := why_without(tensor))]
+    tensors = named_tensors(model) if isinstance(model, nn.Module) else ()  # what is no module, capture refuses
+    hollow = [f"{name!r} ({why})" for name, tensor in tensors if (why := why_without(tensor))]
     if hollow:
         more = f" and {len(hollow) - SHOWN} more" if len(hollow) > SHOWN else ""
         raise WeightError(

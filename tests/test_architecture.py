@@ -104,7 +104,7 @@ LAYERS = [
     {"sequential"},
     {"capture_checks"},
     {"capture", "lockstep", "saving"},
-    {"capture_again", "result", "shard_plan", "checkpoint"},
+    {"capture_again", "float_graphs", "result", "shard_plan", "checkpoint"},
     {"accuracy", "bisection", "export_compressed_tensors", "foreign_weights"},
     {"pass_base"},
     {"dequantize_model"},
