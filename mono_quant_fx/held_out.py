@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from mono_quant_fx.collection import Reading, Taken, cut, is_batch_axis
+from mono_quant_fx.surroundings import in_plain_surroundings
 from mono_quant_fx.table import CALIBRATION, EVALUATION, HELD_OUT
 
 #: One of so many batches (or samples of a single batch) is held out.
@@ -23,6 +24,7 @@ class Split:
     notes: tuple[str, ...] = ()
 
 
+@in_plain_surroundings
 def split(gm: fx.GraphModule, calibration: Reading | None, evaluation: Reading | None, limit: int) -> Split:
     """Judges on the evaluation data; without, on what the data has past `limit`; else on a fifth of it.
 

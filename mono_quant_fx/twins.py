@@ -29,7 +29,7 @@ def twin(model: nn.Module) -> nn.Module:
             object.__setattr__(module, "forward", functools.partial(_call, module._modules["_orig_mod"]))
         if isinstance(module, torch.jit.ScriptModule):  # its tensors are copies, and none can be replaced later
             for parameter in module.parameters():
-                parameter.requires_grad_(False)
+                parameter.detach_()
     return model
 
 
