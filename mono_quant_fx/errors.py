@@ -31,6 +31,10 @@ class CalibrationError(MonoQuantError, ValueError):
     """Calibration data is empty, does not fit the model, or fails inside it."""
 
 
+class InputError(MonoQuantError, ValueError):
+    """A quantized graph's input, or a value inside it, holds NaN where INT8 codes are made of it."""
+
+
 class UnknownNameError(MonoQuantError, LookupError):
     """A graph has no node, module or weight of that name; the message lists the nearest names."""
 

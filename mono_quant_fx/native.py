@@ -34,7 +34,7 @@ class PerformanceWarning(UserWarning):
 
 
 #: The two halves of mq_linear, and mq_dequantize, of kernels/api.h: pointers, sizes, and small numbers.
-_WEIGHT, _CALL = struct.Struct("4P3q2i"), struct.Struct("2P3q4i")
+_WEIGHT, _CALL = struct.Struct("4P3q2i"), struct.Struct("2P3q4i8x")
 _DEQUANTIZE = struct.Struct("4P4q3i")
 #: Products below which waking a second thread takes longer than it saves.
 ALONE = 1 << 17
@@ -168,8 +168,8 @@ class Linear:
             0 if bias is None else TYPES[bias.dtype],
         )  # fmt: skip
 
-    def __call__(self, x: Tensor, out: Tensor, few: bool = False) -> None:
-        """Fills out.
+    def __call__(self, x: Tensor, out: Tensor, few: bool = False) -> bool:
+        """Fills out, and tells whether it became finite: where it did not, its rows are to be computed in floats.
 
         Args:
             x: float32, bfloat16 or float16; contiguous, or a matrix whose rows are each in one piece.
@@ -186,8 +186,10 @@ class Linear:
             TYPES[x.dtype], TYPES[out.dtype],
             1 if rows * columns * outputs < ALONE else torch.get_num_threads(), rows if few else 0,
         )  # fmt: skip
-        if self._entry(self._weight + call):
+        status = self._entry(self._weight + call)
+        if status < 0:
             _no_memory()
+        return not status
 
 
 def dequantize(

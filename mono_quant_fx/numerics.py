@@ -228,19 +228,28 @@ def _quantize_tile(tile: Tensor, scheme: QuantScheme) -> QuantizedWeight:
 
 
 def round_activations(x: Tensor, group_size: int) -> Tensor:
-    """x [..., K] rounded to INT8 values, one scale for each row and group; float32.
+    """x [..., K] rounded to INT8 values, one scale for each row and group; float32 (float64 where x is).
 
     scale = max |x| / 127 over the group, code = round(x * (127 / max |x|)), x' = scale * code, in float32 at each step.
+    A group that holds NaN or infinity stays as it is, so that they meet the weights that they would meet unrounded.
 
     >>> round_activations(torch.tensor([[1.0, -0.5, 0.1, 0.0]]), -1)
     tensor([[ 1.0000, -0.5039,  0.1024,  0.0000]])
     """
     columns = x.shape[-1]
     size = max(1, columns if group_size == -1 else min(columns, group_size))
-    groups = F.pad(x.float(), (0, -columns % size)).unflatten(-1, (-1, size))
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    groups = F.pad(x, (0, -columns % size)).unflatten(-1, (-1, size))
     most = groups.abs().amax(-1, keepdim=True)
     inverse = torch.where(most < SMALLEST, 0.0, torch.div(torch.full_like(most, 127.0), most))
-    return ((groups * inverse).round_() * (most / 127.0)).flatten(-2)[..., :columns]
+    rounded = (groups * inverse).round_() * (most / 127.0)
+    return torch.where(torch.isfinite(most), rounded, groups).flatten(-2)[..., :columns]
+
+
+def round_to_bfloat16(x: Tensor) -> Tensor:
+    """x rounded to bfloat16, in its own dtype; what would become infinite there, from 3.4e38 on, stays as it is."""
+    rounded = x.bfloat16().to(x.dtype)
+    return torch.where(rounded.isinf(), x, rounded)
 
 
 def grouped(x: Tensor, group_size: int) -> Iterator[tuple[Tensor, slice]]:

@@ -1,4 +1,6 @@
-/* The library's functions, as Python calls them through ctypes. Each returns 0, or -1 when memory ran out. */
+/* The library's functions, as Python calls them through ctypes. Each returns 0, or -1 when memory ran out. Those of
+ * mq_linear return 1 when a result is infinite or NaN: by x, or by a sum that overflows before it meets its scale.
+ */
 #ifndef MQ_API_H
 #define MQ_API_H
 
@@ -21,6 +23,7 @@ typedef struct {
     int64_t rows, x_stride, out_stride;
     int32_t x_type, out_type, threads;
     int32_t few; /* rows of x up to which a kernel that has two ways takes the one for few */
+    int *odd;    /* the library's own: becomes 1 with a result that is not finite */
 } mq_linear;
 
 /* out[n][k] = (code[n][k] - zero[n][g]) scale[n][g] */

@@ -2,7 +2,7 @@
 #pragma GCC target("avx2,fma,f16c")
 #define LANES 8
 #define V(name) _mm256_##name
-#include "elements.h"
+#include "linear.h"
 
 typedef __m256 vec;
 typedef __m256i ivec;
@@ -48,6 +48,8 @@ INLINE void transpose(ivec v[8]) {
 /* The first `count` lanes to out[at...]. */
 INLINE void store_some(const mq_linear *a, int64_t at, int count, vec v) {
     float lane[8];
+    const vec none = _mm256_sub_ps(v, v);
+    note(a, _mm256_movemask_ps(_mm256_cmp_ps(none, none, _CMP_UNORD_Q)) & ((1 << count) - 1));
     _mm256_storeu_ps(lane, v);
     if (a->out_type == MQ_F32 && count == 8)
         _mm256_storeu_ps((float *)a->out + at, v);
@@ -57,5 +59,5 @@ INLINE void store_some(const mq_linear *a, int64_t at, int count, vec v) {
 
 #include "fp32.h"
 
-int mq_int4_avx2(const mq_linear *a) { return int4_linear(a); }
-int mq_int8_avx2(const mq_linear *a) { return int8_linear(a); }
+int mq_int4_avx2(const mq_linear *a) { return watched(int4_linear, a); }
+int mq_int8_avx2(const mq_linear *a) { return watched(int8_linear, a); }

@@ -17,5 +17,5 @@ INLINE vec decode(ivec words, const int i) {
 
 #include "fp32.h"
 
-int mq_int4_avx512(const mq_linear *a) { return int4_linear(a); }
-int mq_int8_avx512(const mq_linear *a) { return int8_linear(a); }
+int mq_int4_avx512(const mq_linear *a) { return watched(int4_linear, a); }
+int mq_int8_avx512(const mq_linear *a) { return watched(int8_linear, a); }

@@ -1,5 +1,5 @@
 /* Vectors of AVX-512, for the files that include fp32.h, lanes.h or panels.h. The including file sets the target. */
-#include "elements.h"
+#include "linear.h"
 
 #define LANES 16
 #define V(name) _mm512_##name
@@ -32,6 +32,8 @@ INLINE void transpose(ivec v[16]) {
 /* The first `count` lanes to out[at...], rounded to nearest, halves to even. */
 INLINE void store_some(const mq_linear *a, int64_t at, int count, vec v) {
     const __mmask16 mask = (__mmask16)((1 << count) - 1), nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    const vec none = _mm512_sub_ps(v, v);
+    note(a, _mm512_mask_cmp_ps_mask(mask, none, none, _CMP_UNORD_Q));
     if (a->out_type == MQ_F32) {
         _mm512_mask_storeu_ps((float *)a->out + at, mask, v);
     } else if (a->out_type == MQ_F16) {

@@ -165,6 +165,8 @@ INLINE void store_four(const mq_linear *a, int64_t m, int64_t n, const int count
         for (int h = 0; h < count; h++) bias[h] = load1(a->bias, a->bias_type, n + h);
         v = _mm_add_ps(v, _mm_loadu_ps(bias));
     }
+    const __m128 none = _mm_sub_ps(v, v);
+    note(a, _mm_movemask_ps(_mm_cmpunord_ps(none, none)) & mask);
     if (a->out_type == MQ_F32)
         _mm_mask_storeu_ps(to, mask, v);
     else if (a->out_type == MQ_BF16)
@@ -312,5 +314,5 @@ static int few_rows_of_x(const mq_linear *a) {
 
 int mq_int4_avx512_bf16(const mq_linear *a) {
     if (a->rows == 0) return 0;
-    return a->rows <= a->few ? few_rows_of_x(a) : many_rows(a);
+    return watched(a->rows <= a->few ? few_rows_of_x : many_rows, a);
 }

@@ -63,12 +63,12 @@ static void row_of_x(const job *j, int64_t m, const char *row) {
             _mm_storel_epi64((void *)to, _mm_shuffle_epi8(_mm256_cvtsepi32_epi8(q), order));
             sum = _mm256_add_epi32(sum, q);
         }
-        int32_t lane[8], all = 0;
+        uint32_t lane[8], all = 0; /* codes of NaN, which have no meaning, may overflow */
         _mm256_storeu_si256((void *)lane, sum);
         for (int i = 0; i < 8; i++) all += lane[i];
-        j->sum[(tile * j->count + s) * j->wide + at] = (float)all;
+        j->sum[(tile * j->count + s) * j->wide + at] = (float)(int32_t)all;
         j->scale[(tile * j->count + s) * j->wide + at] = scale;
     }
 }
 
-int mq_int4_avx512_vnni(const mq_linear *a) { return a->rows ? many_rows(a) : 0; }
+int mq_int4_avx512_vnni(const mq_linear *a) { return a->rows ? watched(many_rows, a) : 0; }

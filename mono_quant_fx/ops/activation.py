@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mono_quant_fx.errors import InputError
 from mono_quant_fx.numerics import code_range
 from mono_quant_fx.ops.operands import FLOATS, check_places
 from mono_quant_fx.ops.registry import register
@@ -51,9 +52,25 @@ def check_qparams(scale: Tensor, zero_point: Tensor) -> None:
 
 
 def _quantize(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """Infinities are clipped like all that is out of range; NaN is an InputError on a CPU, and elsewhere becomes 0."""
     _check_float(x, scale, zero_point)
     codes = x.float() / scale[0].float()  # float32: a half type has too few bits for a code of 8
-    return codes.round_().add_(zero_point[0]).clamp_(QMIN, QMAX).to(torch.int8)
+    if x.device.type != "cpu":
+        codes.nan_to_num_(nan=0.0)  # asking whether there is one would wait for the device
+    codes.round_().add_(zero_point[0]).clamp_(QMIN, QMAX)
+    if x.device.type == "cpu" and bool(codes.sum().isnan()):  # what was clipped has a finite sum
+        raise InputError(_where_nan(codes, x))
+    return codes.to(torch.int8)
+
+
+def _where_nan(codes: Tensor, x: Tensor) -> str:
+    count, first = int(codes.isnan().sum()), codes.isnan().nonzero()[0].tolist()
+    cause = "the tensor" if bool(x.isnan().any()) else "its quotient by input_scale"
+    return (
+        f"quantize_activation: {cause} {tuple(x.shape)} holds NaN at {count} of {x.numel()} places, "
+        f"the first at {first}; no INT8 code stands for NaN: mask those values before the model (torch.nan_to_num), "
+        "or keep this input float (activations=None)"
+    )
 
 
 def _quantize_fake(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:

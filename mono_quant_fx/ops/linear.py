@@ -66,7 +66,7 @@ def _int4(*arguments: Any) -> Tensor:
     x, packed, scale, zero_point, bias, group_size, compute = call
     dtype = x.dtype
     if compute == "bfloat16":
-        x = x.bfloat16().to(dtype)
+        x = numerics.round_to_bfloat16(x)
     if compute == "int8":
         x = numerics.round_activations(x, group_size)
     rows, columns = packed.shape[0], x.shape[-1]
@@ -86,8 +86,22 @@ def _int4_cpu(
     def check() -> None:
         _Int4(x, packed, scale, zero, bias, size, compute).check()
 
-    out = ways.linear(4, x, numerics.QuantizedWeight(packed, scale, zero), bias, size, compute, check)
-    return _int4(x, packed, scale, zero, bias, size, compute) if out is None else out
+    out, is_finite = ways.linear(4, x, numerics.QuantizedWeight(packed, scale, zero), bias, size, compute, check)
+    if out is None:
+        return _int4(x, packed, scale, zero, bias, size, compute)
+    return out if is_finite else _again(out, x, lambda rows: _int4(rows, packed, scale, zero, bias, size, compute))
+
+
+def _again(out: Tensor, x: Tensor, reference: Callable[[Tensor], Tensor]) -> Tensor:
+    """`out` with every row that is not finite computed anew, by the reference in float32.
+
+    Kernels sum codes before the scale comes, and zero points beside the codes: infinity times what is 0 in the end, or
+    a sum that overflows on the way, gives NaN or infinity where the float linear has a number, or the other infinity.
+    """
+    rows = out.view(-1, out.shape[-1])
+    odd = ~rows.isfinite().all(1)
+    rows[odd] = reference(x.reshape(-1, x.shape[-1])[odd].float()).to(out.dtype)
+    return out
 
 
 def _int4_fake(*arguments: Any) -> Tensor:
@@ -116,8 +130,10 @@ def _int8_cpu(x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | Non
     def check() -> None:
         _check_int8(x, weight, scale, zero_point, bias)
 
-    out = ways.linear(8, x, numerics.QuantizedWeight(weight, scale, zero_point), bias, -1, "auto", check)
-    return _int8(x, weight, scale, zero_point, bias) if out is None else out
+    out, is_finite = ways.linear(8, x, numerics.QuantizedWeight(weight, scale, zero_point), bias, -1, "auto", check)
+    if out is None:
+        return _int8(x, weight, scale, zero_point, bias)
+    return out if is_finite else _again(out, x, lambda rows: _int8(rows, weight, scale, zero_point, bias))
 
 
 def _int8_fake(x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None) -> Tensor:

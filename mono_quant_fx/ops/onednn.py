@@ -23,6 +23,9 @@ _PACKED: Any = WeakTensorKeyDictionary()
 #: The dtypes that the kernels write; float16 goes through float32.
 _WRITTEN = {torch.float32: torch.float32, torch.bfloat16: torch.bfloat16, torch.float16: torch.float32}
 
+#: Products of two codes, at most 255 * 128, that an int32 sum surely holds.
+LONGEST = (2**31 - 1) // (255 * 128)
+
 
 def can_run(x: Codes, weight: QuantizedWeight) -> bool:
     """Whether the kernels take this; if not, the reference runs, and on a CPU says so once a reason."""
@@ -30,7 +33,11 @@ def can_run(x: Codes, weight: QuantizedWeight) -> bool:
         return False
     if x.codes.numel() == 0 or weight.weight_packed.numel() == 0:
         return False
-    why = _missing() or ("the INT8 weights are asymmetric" if weight.weight_zero_point is not None else None)
+    why = _missing()
+    if weight.weight_zero_point is not None:
+        why = why or "the INT8 weights are asymmetric"
+    if weight.weight_packed.shape[1] > LONGEST:
+        why = why or f"sums of more than {LONGEST} products may overflow"
     if why is not None:
         _say(why)
     return why is None

@@ -74,6 +74,8 @@ def _int4_linear(*arguments: Any) -> Tensor:
     group_size, compute = arguments[7], arguments[8] if len(arguments) > 8 else "auto"
     compute = "auto" if compute == "int8" else compute  # x is INT8 already
     out = int4_linear(steps, *weight, None, group_size, compute) * x.scale.to(dtype)
+    if out.is_cpu and not out.isfinite().all():  # sums may have overflowed before that; elsewhere asking would wait
+        out = int4_linear(x.values(dtype), *weight, None, group_size, compute)
     return (out if bias is None else out + bias).to(scale.dtype)
 
 

@@ -54,6 +54,7 @@ class Call(NamedTuple):
         bits: of the weight's codes, 4 or 8.
         product: the kernel, with the weight.
         x: contiguous, or a matrix whose rows are each in one piece. out: contiguous.
+        is_rounded: whether x was rounded for this, and may have become infinite.
     """
 
     kernel: str
@@ -64,6 +65,7 @@ class Call(NamedTuple):
     bias: Tensor | None
     group_size: int
     out: Tensor
+    is_rounded: bool = False
 
     @property
     def rows(self) -> int:
@@ -123,8 +125,8 @@ def linear(
     group_size: int,
     compute: str,
     check: Callable[[], None],
-) -> Tensor | None:
-    """x [..., K] -> [..., N] in x's dtype; None where the kernels do not take it.
+) -> tuple[Tensor | None, bool]:
+    """x [..., K] -> [..., N] in x's dtype, and whether it is finite; None where the kernels do not take it.
 
     `check` raises unless the operands fit. It runs once for operands that look the same.
     """
@@ -134,24 +136,25 @@ def linear(
         plan = _new_plan(bits, x, weight, bias, group_size, compute, check)
     product = plan.product
     if product is None:
-        return None
+        return None, True
     outputs = product.outputs
     out = x.new_empty(*x.shape[:-1], outputs)
-    if out.numel():
-        if not x.data_ptr():
-            check_places(x=x)  # says what is wrong with it
-        if compute == "bfloat16":
-            x = x.bfloat16()
-        if compute == "int8" and plan.kernel != INT8:
-            x = numerics.round_activations(x, group_size)
-        if not x.is_contiguous():
-            x = _matrix(x)
-        if out.numel() <= ALWAYS_FEW * outputs:
-            product(x, out, few=True)
-        else:
-            call = Call(plan.kernel, bits, product, x, weight, bias, group_size, out)
-            run(choose(call), call)
-    return out
+    if not out.numel():
+        return out, True
+    if not x.data_ptr():
+        check_places(x=x)  # says what is wrong with it
+    given = x
+    if compute == "bfloat16":
+        x = x.bfloat16()
+    if compute == "int8" and plan.kernel != INT8:
+        x = numerics.round_activations(x, group_size)
+    is_rounded = x is not given
+    if not x.is_contiguous():
+        x = _matrix(x)
+    if out.numel() <= ALWAYS_FEW * outputs:
+        return out, product(x, out, few=True)
+    call = Call(plan.kernel, bits, product, x, weight, bias, group_size, out, is_rounded)
+    return out, run(choose(call), call)
 
 
 def _new_plan(
@@ -249,12 +252,12 @@ def _seconds(way: str, call: Call) -> float:
     return least
 
 
-def run(way: str, call: Call) -> None:
-    """Fills call.out in that way."""
-    if way == "matmul":
-        _matmul(call)
-    else:
-        call.product(call.x, call.out, way == "few")
+def run(way: str, call: Call) -> bool:
+    """Fills call.out in that way, and tells whether it is to be trusted: finite, or what torch's matmul gives for x."""
+    if way != "matmul":
+        return call.product(call.x, call.out, way == "few")
+    _matmul(call)
+    return not call.is_rounded or bool(call.out.isfinite().all())
 
 
 def _multiplies_halves(call: Call) -> bool:
