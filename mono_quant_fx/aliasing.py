@@ -1,7 +1,6 @@
-"""Who may write into a value's memory, and who minds how it lies there: for passes that move ops or hand out views.
+"""Whose memory a value may lie in, and who minds how it lies there: for passes that move ops or hand out views.
 
-What these tables do not name is taken to be the worst: it writes into all that it reads, returns its memory, and needs
-rows in one piece.
+What these tables do not name is taken to need rows in one piece.
 """
 
 from __future__ import annotations
@@ -14,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from mono_quant_fx.graph import get_attribute
+from mono_quant_fx.calls import module_of
+from mono_quant_fx.effects import may_write, origins
 from mono_quant_fx.ops.registry import is_ours
 
-#: Read tensors of any strides, write nothing, and return memory of their own (or a plain number).
+#: Read tensors of any strides, and return memory of their own (or a plain number).
 _FRESH_NAMES = (
     "add sub mul div truediv floordiv mod neg pow eq ne lt le gt ge matmul mm bmm addmm baddbmm linear "
     "softmax log_softmax sigmoid tanh relu gelu silu exp log sqrt rsqrt sin cos abs maximum minimum where "
@@ -47,22 +47,9 @@ _FRESH, _SHARING, _VIEW = _calls(_FRESH_NAMES), _calls(_SHARING_NAMES), _calls("
 _FIELDS = ("shape", "dtype", "device", "ndim")
 
 
-def written(node: fx.Node) -> list[fx.Node]:
-    """The arguments that a node may write into."""
-    if node.op in ("placeholder", "get_attr", "output") or _is_pure(node):
-        return []
-    return node.all_input_nodes
-
-
 def owners(values: Iterable[fx.Node]) -> set[fx.Node | None]:
     """The nodes whose memory these values may share; None is all memory that comes from outside the graph."""
-    todo, seen = list(values), set[fx.Node]()
-    while todo:
-        node = todo.pop()
-        if node not in seen:
-            seen.add(node)
-            todo += [] if _is_fresh(node) or is_ours(node.target) else node.all_input_nodes
-    return {None if n.op in ("placeholder", "get_attr") else n for n in seen}
+    return {None if n.op in ("placeholder", "get_attr") else n for n in origins(values)}
 
 
 def takes_split_rows(node: fx.Node, columns: int) -> bool:
@@ -98,38 +85,9 @@ def _keeps_rows(view: fx.Node, columns: int) -> bool:
 
 def _is_fresh(node: fx.Node) -> bool:
     if node.op == "call_module":
-        return type(_module(node)) in _FRESH_MODULES and not getattr(_module(node), "inplace", False)
+        return type(module_of(node)) in _FRESH_MODULES and not may_write(node)
     return _is(node, _FRESH) or (node.target is getattr and node.args[1] in _FIELDS)
 
 
 def _is(node: fx.Node, table: frozenset[Any]) -> bool:
-    return node.op in ("call_function", "call_method") and node.target in table and not _asks_to_write(node)
-
-
-def _is_pure(node: fx.Node) -> bool:
-    """Whether a node writes into no argument: by its schema, or by torch's conventions (a last underscore, inplace)."""
-    if isinstance(node.target, torch._ops.OpOverload):
-        return not node.target._schema.is_mutable
-    if node.op == "call_module":
-        module = _module(node)
-        return type(module).__module__.startswith("torch.") and not getattr(module, "inplace", False)
-    if node.op == "call_method":
-        return not str(node.target).endswith("_") and not _asks_to_write(node)
-    known = _is(node, _FRESH | _SHARING | _VIEW)
-    name, home = getattr(node.target, "__name__", "_"), str(getattr(node.target, "__module__", None))
-    torchs = home.split(".")[0] in ("torch", "builtins", "math") and not name.endswith("_")
-    return known or (torchs and not _asks_to_write(node))
-
-
-def _asks_to_write(node: fx.Node) -> bool:
-    """F.relu(x, True), F.relu(x, inplace=True) and torch.add(x, y, out=z)."""
-    if isinstance(node.target, torch._ops.OpOverload):
-        return False
-    flags = (*node.args, node.kwargs.get("inplace"))
-    return any(flag is True for flag in flags) or node.kwargs.get("out") is not None
-
-
-def _module(node: fx.Node) -> nn.Module:
-    module = get_attribute(node.graph.owning_module, str(node.target))  # type: ignore[arg-type]
-    assert isinstance(module, nn.Module)
-    return module
+    return node.op in ("call_function", "call_method") and node.target in table and not may_write(node)

@@ -19,12 +19,13 @@ from mono_quant_fx import graph
 from mono_quant_fx.bisection_report import Bisection, BisectionStep, Suspect
 from mono_quant_fx.collection import collect, cut
 from mono_quant_fx.data import Batch, Prepare, leaves
+from mono_quant_fx.effects import may_write
 from mono_quant_fx.errors import CalibrationError, ConfigError, PreconditionError
 from mono_quant_fx.lockstep import Lockstep
 from mono_quant_fx.metrics import ErrorSum
 from mono_quant_fx.noise import Noise
 from mono_quant_fx.run import run_batch
-from mono_quant_fx.state import writes, written
+from mono_quant_fx.state import written
 from mono_quant_fx.surroundings import in_plain_surroundings
 
 #: Every node that the pass changed has its own error carried to the output on a few samples, the costliest on all.
@@ -130,7 +131,7 @@ def _blame(
     nodes = {n.name: n for n in after.graph.nodes if not constant[n] and n.op.startswith("call_")}
     drifted = _compare(reference, after, batches, set()).accumulated
     first = next((n for n in nodes if n in drifted and _db(drifted[n]) < report.threshold_db), "output")
-    again = {n for n, node in nodes.items() if not writes(node)}  # what writes must not run a second time
+    again = {n for n, node in nodes.items() if not may_write(node)}  # what writes must not run a second time
     own = {n: _db(total) for n, total in _compare(before, after, batches, again).local.items() if total.batches}
     order = list(nodes)
     worst = [n for n in order if own.get(n, math.inf) < math.inf]

@@ -25,6 +25,7 @@ from mono_quant_fx.errors import CaptureError, ConfigError
 from mono_quant_fx.export_ways import exported
 from mono_quant_fx.exporter import follow_inputs
 from mono_quant_fx.faithfulness import Expectation, check_faithful, expectation
+from mono_quant_fx.functionalize import input_notes
 from mono_quant_fx.randomness import own_generators
 from mono_quant_fx.state import own_state
 from mono_quant_fx.surroundings import plain
@@ -97,7 +98,7 @@ def captured(model: Any, example_inputs: Any = None, *, method: str = "auto", dy
                 example.check_fits(model)
             gm, notes = attempt(model, example, method, dynamic_shapes)
         own_state(gm)
-        return gm, notes
+        return gm, [*notes, *input_notes(gm)]
 
 
 def given(model: fx.GraphModule, example: Batch | None) -> fx.GraphModule:

@@ -17,6 +17,7 @@ from mono_quant_fx.capture_record import CaptureRecord, get_record, meta_batch, 
 from mono_quant_fx.data import Batch, to_batch
 from mono_quant_fx.errors import CaptureError, MonoQuantError
 from mono_quant_fx.exporter import export
+from mono_quant_fx.functionalize import input_notes
 from mono_quant_fx.state import own_state
 from mono_quant_fx.surroundings import plain
 from mono_quant_fx.tracer import trace
@@ -44,7 +45,7 @@ def capture_without_values(model: nn.Module, example_inputs: Any = None) -> tupl
     record = get_record(gm)
     _to_meta(gm)
     own_state(gm)
-    return set_record(gm, record), notes
+    return set_record(gm, record), [*notes, *input_notes(gm)]
 
 
 def capture_again(model: nn.Module, record: CaptureRecord) -> fx.GraphModule:

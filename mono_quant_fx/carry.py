@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from mono_quant_fx import graph
 from mono_quant_fx.data import Batch
-from mono_quant_fx.run import execute
+from mono_quant_fx.run import execute, inputs_of
 from mono_quant_fx.state import written
 
 
@@ -29,7 +29,7 @@ class Carry:
 
     def __init__(self, gm: fx.GraphModule, batches: list[Batch], replaced: Callable[[fx.Node], Tensor | None]):
         self.gm, self.replaced = gm, replaced
-        self.inputs = [iter(batch.bind(gm)) for batch in batches]
+        self.inputs = [iter(inputs_of(gm, batch)) for batch in batches]
         self.batches = batches
         self.constant = graph.constant_nodes(gm, written(gm))
         self.values: dict[fx.Node, list[Any]] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
@@ -124,6 +125,12 @@ class Batch:
         """
         return self.map_tensors(_own)
 
+    def private(self) -> Batch:
+        """Copies for one run, whatever that writes: a tensor that is given twice stays one."""
+        leaves, spec = pytree.tree_flatten((self.args, self.kwargs))
+        args, kwargs = pytree.tree_unflatten(private(leaves), spec)
+        return Batch(args, kwargs, self.number)
+
     def doubled(self) -> Batch | None:
         """A batch of one sample repeated to two, since torch.export freezes a size of one; None when it has more."""
         if self.samples() != 1 or not any(t.dim() for t in self.tensors()):
@@ -194,6 +201,21 @@ def leaves(value: Any) -> list[Any]:
         else:
             found.append(leaf)
     return found
+
+
+def private(values: list[Any]) -> list[Any]:
+    """Copies of tensors and of what else can be copied; the same object is the same copy."""
+    copies: dict[int, Any] = {}
+    return [copies.setdefault(id(value), _copied(value)) for value in values]
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().clone().requires_grad_(value.requires_grad)
+    try:
+        return copy.deepcopy(value)
+    except Exception:  # what cannot be copied is handed on
+        return value
 
 
 def to_batch(value: Any, prepare_batch: Prepare | None = None, number: int | None = None) -> Batch:

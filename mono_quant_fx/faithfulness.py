@@ -18,6 +18,7 @@ from mono_quant_fx.data import Batch, leaves
 from mono_quant_fx.errors import CaptureError
 from mono_quant_fx.randomness import own_generators
 from mono_quant_fx.this_thread import unheard
+from mono_quant_fx.untouched import untouched
 from mono_quant_fx.variants import Variant, variants
 
 
@@ -54,8 +55,9 @@ class Expectation:
         return tolerance(coarsest(lambda: self._run(self.example), iter([*tensors, *self.first])))
 
     def _run(self, batch: Batch) -> list[Any]:
-        given = _copied(batch)
-        return _outputs(_running_twin(self.model), lambda m: m(*given.args, **given.kwargs))
+        given = batch.private()
+        with untouched(self.model):
+            return _outputs(_running_twin(self.model), lambda m: m(*given.args, **given.kwargs))
 
     def _try(self, batch: Batch) -> tuple[Batch, list[Any]] | None:
         try:
@@ -132,7 +134,7 @@ def _compare(gm: fx.GraphModule, expected: Expectation, batch: Batch, outputs: l
     is_example = batch is expected.example
     where = f"on {batch}" if is_example else f"on a second input {batch}"
     try:
-        actual = _outputs(_running_twin(gm), functools.partial(_interpret, values=_copied(batch).bind(gm)))
+        actual = _outputs(_running_twin(gm), functools.partial(_interpret, values=batch.private().bind(gm)))
     except Exception as e:
         if _is_refusal(e) and not is_example:
             raise _RefusedError from e
@@ -154,11 +156,6 @@ def _is_refusal(error: Exception) -> bool:
 def _is_finite(outputs: list[Any]) -> bool:
     tensors = [t for t in outputs if isinstance(t, Tensor) and (t.is_floating_point() or t.is_complex())]
     return all(bool(t.isfinite().all()) for t in tensors)
-
-
-def _copied(batch: Batch) -> Batch:
-    """The batch for one run, which may write into it."""
-    return batch.map_tensors(Tensor.clone)
 
 
 class _OrdinaryPath(TorchFunctionMode):

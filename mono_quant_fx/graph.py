@@ -16,6 +16,8 @@ from mono_quant_fx.ops.registry import is_ours
 from mono_quant_fx.this_thread import unheard
 from mono_quant_fx.weight_table import PURE
 
+#: The key of gm.meta that names the tensors that a graph writes.
+STATE = "mono_quant_fx_state"
 #: The key of node.meta that provenance.py keeps.
 HISTORY = "mono_quant_fx_history"
 
@@ -63,9 +65,10 @@ def need_graph(value: Any, caller: str) -> fx.GraphModule:
 def isolate(module: nn.Module) -> nn.Module:
     """A deep copy that shares parameters and stored codes, with buffers of its own: running it leaves no trace.
 
-    (A forward that writes into a parameter is the one exception.)
+    A parameter that a captured graph writes is its own as well; for one that a model writes see untouched.py.
     """
-    shared: list[Tensor] = list(module.parameters())
+    own = module.meta.get(STATE, ()) if isinstance(module, fx.GraphModule) else ()
+    shared: list[Tensor] = [p for name, p in module.named_parameters(remove_duplicate=False) if name not in own]
     if isinstance(module, fx.GraphModule):
         ours = (n for n in module.graph.nodes if is_ours(n.target))
         shared += [t for n in ours for a in n.all_input_nodes if (t := get_tensor(module, a)) is not None]

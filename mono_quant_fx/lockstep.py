@@ -19,7 +19,7 @@ from torch import fx
 from mono_quant_fx.data import Batch
 from mono_quant_fx.graph import constant_nodes
 from mono_quant_fx.noise import Noise
-from mono_quant_fx.run import execute
+from mono_quant_fx.run import execute, inputs_of
 
 Visit = Callable[[fx.Node, Any, Any, Any], None]
 
@@ -90,7 +90,7 @@ class _Run:
         self.reference: dict[fx.Node, Any] = {}
         self.accumulated: dict[fx.Node, Any] = {}
         self.local: dict[fx.Node, Any] = {}  # of the nodes that the quantized graph has alone, on float inputs
-        self.inputs = (iter(batch.bind(plan.reference)), iter(batch.bind(plan.quantized)))
+        self.inputs = (iter(inputs_of(plan.reference, batch)), iter(inputs_of(plan.quantized, batch)))
         self.ahead = iter(plan.reference.graph.nodes)
 
     def walk(self, visit: Visit) -> None:

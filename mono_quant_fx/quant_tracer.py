@@ -14,9 +14,10 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from mono_quant_fx import graph
 from mono_quant_fx.errors import CaptureError
 from mono_quant_fx.weight_table import WEIGHT_MODULES
+from mono_quant_fx.writable_proxy import WritableProxy
 
 
-class TensorProxy(fx.Proxy):
+class TensorProxy(WritableProxy):
     """A tensor of the model under tracing: shape, dtype and device are plain Python values, all else is recorded."""
 
     def __init__(self, node: fx.Node, tracer: fx.Tracer, tensor: Tensor):
@@ -71,6 +72,10 @@ class QuantTracer(fx.Tracer):
         self.record_stack_traces = True
         self._names: dict[int, str] = {}
         self._proxies: dict[str, fx.Proxy] = {}
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """See torch.fx.Tracer.proxy."""
+        return WritableProxy(node, self)
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """See torch.fx.Tracer.trace."""

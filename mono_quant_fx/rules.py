@@ -56,8 +56,8 @@ def decide(weight: Weight, config: QuantConfig) -> Decision:
     return decision
 
 
-def decide_leaf(path: str, kind: str, vectors_only: bool, config: QuantConfig) -> Decision:
-    """The reason for a module that stayed a leaf: a rule that names it, else what keeps it out of reach."""
+def decide_leaf(path: str, kind: str, vectors_only: bool, config: QuantConfig, where: str = "") -> Decision:
+    """The reason for a module that stayed a leaf: a rule that names it, else what keeps it out of reach (`where`)."""
     for pattern, value in config.overrides:
         if matches(pattern, path) and value != "skip":
             raise ConfigError(f"overrides: {pattern!r} asks for {value} on {path}, but {kind} hides its weights")
@@ -66,7 +66,7 @@ def decide_leaf(path: str, kind: str, vectors_only: bool, config: QuantConfig) -
         return Decision(None, skip, True)
     if vectors_only:
         return Decision(None, f"{kind} holds vectors only, with no rows to group", True)
-    return Decision(None, f"not reachable: {kind} hides its weights from the graph", True)
+    return Decision(None, where or f"not reachable: {kind} hides its weights from the graph", True)
 
 
 @dataclass(frozen=True)

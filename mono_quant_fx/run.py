@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from mono_quant_fx.data import Batch
+from mono_quant_fx.data import Batch, private
+from mono_quant_fx.effects import written_inputs
 from mono_quant_fx.errors import CalibrationError, MonoQuantError
 from mono_quant_fx.graph import get_attribute, op_name
 
@@ -23,7 +24,7 @@ def run_batch(gm: fx.GraphModule, batch: Batch, replaced: Mapping[str, Any] | No
     Raises:
         CalibrationError: the batch does not fit, or a node fails on it; names both.
     """
-    inputs, values = iter(batch.bind(gm)), dict[fx.Node, Any]()
+    inputs, values = iter(inputs_of(gm, batch)), dict[fx.Node, Any]()
     left = Counter(a for n in gm.graph.nodes for a in n.all_input_nodes)
     with torch.no_grad():
         for node in gm.graph.nodes:
@@ -37,6 +38,16 @@ def run_batch(gm: fx.GraphModule, batch: Batch, replaced: Mapping[str, Any] | No
             for done in [n for n in (node, *node.all_input_nodes) if left[n] <= 0]:
                 values.pop(done, None)
     return None
+
+
+def inputs_of(gm: fx.GraphModule, batch: Batch) -> list[Any]:
+    """The values of gm's placeholders; copies for this run, where a node may write into them.
+
+    Raises:
+        CalibrationError: the batch does not fit.
+    """
+    values = batch.bind(gm)
+    return private(values) if written_inputs(gm) else values
 
 
 def execute(

@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from mono_quant_fx import graph
+from mono_quant_fx.functionalize import functionalize
 from mono_quant_fx.quant_tracer import QuantTracer
 from mono_quant_fx.randomness import NOT_TORCHS, Draws, FrozenRandomnessError, OtherDraws, own_generators
 from mono_quant_fx.tracing_lock import tracing
@@ -65,7 +66,7 @@ def _same_constants(a: fx.GraphModule, b: fx.GraphModule) -> bool:
 
 
 def normalize(gm: fx.GraphModule) -> fx.GraphModule:
-    """One get_attr node a tensor, in a clone without the tracer's leftovers, in eval mode."""
+    """One get_attr node a tensor, functional, in a clone without the tracer's leftovers, in eval mode."""
     gm = graph.clone(gm).train(False)
     first: dict[Any, fx.Node] = {}
     for node in list(gm.graph.nodes):
@@ -78,6 +79,7 @@ def normalize(gm: fx.GraphModule) -> fx.GraphModule:
         if same is not node:
             node.replace_all_uses_with(same)
             gm.graph.erase_node(node)
+    functionalize(gm)
     graph.drop_unused(gm)
     gm.recompile()
     return gm

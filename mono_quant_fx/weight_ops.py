@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from mono_quant_fx.arguments import argument
+from mono_quant_fx.calls import inside
+from mono_quant_fx.effects import may_write
 from mono_quant_fx.graph import get_attribute, get_tensor, module_path, module_stack, op_name
 from mono_quant_fx.norm_patterns import is_elementwise, is_vector, norm_kind
 from mono_quant_fx.ops.registry import is_ours
@@ -73,9 +75,9 @@ def find_weights(gm: fx.GraphModule) -> list[Weight]:
 
 
 def hidden_weights(gm: fx.GraphModule) -> list[tuple[fx.Node, nn.Module]]:
-    """The call_module nodes whose modules hold parameters that the graph does not show."""
-    calls = ((n, get_attribute(gm, n.target)) for n in gm.graph.nodes if n.op == "call_module")
-    return [(n, module) for n, module in calls if any(True for _ in module.parameters())]
+    """The nodes of modules, called or handed to a higher-order call, that hold parameters which no node shows."""
+    places = ((n, get_attribute(gm, str(n.target))) for n in gm.graph.nodes if n.op in ("call_module", "get_attr"))
+    return [(n, m) for n, m in places if isinstance(m, nn.Module) and any(True for _ in m.parameters())]
 
 
 def to_matrix(weight: Tensor, layout: str, groups: int) -> Tensor:
@@ -130,9 +132,12 @@ def _classify(user: fx.Node, weight: fx.Node, tensor: Tensor, axes: Axes) -> Wei
     name, rows = op_name(user), rows_for(user)
     row = next((row for row in rows if argument(user, row.weight) is weight), None)
     if row is not None:
-        return _rule(user, row, tensor, axes)
+        use = _rule(user, row, tensor, axes)
+        return replace(use, layout=None, reason=f"{name} writes in place here") if may_write(user) else use
     if any(row.bias and argument(user, row.bias) is weight for row in rows) or (rows and rows[0].layout is None):
         return None
+    if inside(user):
+        return WeightUse(user, name, None, inside(user))
     kind = norm_kind(user, weight) if is_vector(tensor.shape) else ""
     if kind:
         return WeightUse(user, kind, None, f"{kind} is a normalization")

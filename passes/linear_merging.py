@@ -8,8 +8,9 @@ from typing import Any, ClassVar, NamedTuple
 from torch import fx
 
 from mono_quant_fx import graph
-from mono_quant_fx.aliasing import owners, takes_split_rows, written
+from mono_quant_fx.aliasing import owners, takes_split_rows
 from mono_quant_fx.annotation import get_annotation, part_names
+from mono_quant_fx.effects import may_write
 from mono_quant_fx.merging import LinearCall, merge
 from mono_quant_fx.pass_base import Pass
 
@@ -60,7 +61,7 @@ def _groups(gm: fx.GraphModule) -> list[list[fx.Node]]:
     growing: dict[_Kind, list[fx.Node]] = {}
     reading: dict[fx.Node | None, set[_Kind]] = {}
     for node in gm.graph.nodes:
-        for owner in owners(written(node)):
+        for owner in owners(may_write(node)):
             for ended in reading.pop(owner, set()):
                 if ended in growing:
                     done.append(growing.pop(ended))

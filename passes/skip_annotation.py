@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from mono_quant_fx import graph
 from mono_quant_fx.annotation import QuantAnnotation, WeightUser, annotated, set_annotation, users_of
+from mono_quant_fx.calls import inside
 from mono_quant_fx.config import QuantConfig
 from mono_quant_fx.errors import NothingQuantizedError
 from mono_quant_fx.pass_base import Pass
@@ -71,7 +72,8 @@ def _annotate(weight: Weight, config: QuantConfig) -> QuantAnnotation:
 def _annotate_leaf(node: fx.Node, module: nn.Module, config: QuantConfig) -> QuantAnnotation:
     path, kind, parameters = str(node.target), type(module).__name__, list(module.parameters())
     largest = max(parameters, key=lambda p: p.numel())
-    decision = decide_leaf(path, kind, all(p.dim() < 2 for p in parameters), config)
+    where = next((place for user in node.users if node.op == "get_attr" and (place := inside(user))), "")
+    decision = decide_leaf(path, kind, all(p.dim() < 2 for p in parameters), config, where)
     user = WeightUser(node.name, graph.op_name(node), path)
     dtype = str(largest.dtype).removeprefix("torch.")
     return QuantAnnotation(path, None, decision.reason, tuple(largest.shape), dtype, users=(user,))

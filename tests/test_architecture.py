@@ -51,7 +51,12 @@ LAYERS = [
     {"refine"},
     {"rounding"},
     {"table_html", "pass_html"},
-    {"annotation", "weight_ops", "data", "state"},
+    {"calls", "effect_tables", "pure_writes", "untouched", "writable_proxy"},
+    {"effects"},
+    {"annotation", "weight_ops", "data", "state", "value_types", "views", "out_of_place", "lookups", "memory"},
+    {"current_values"},
+    {"inner_graphs", "write_walk"},
+    {"functionalize"},
     {"codes", "provenance", "noise"},
     {
         "rules",

@@ -84,7 +84,7 @@ def test_an_untraceable_model_names_line_reason_and_what_to_try(name, method, ex
     [
         (Branching, "TraceError: symbolically traced variables cannot be used as inputs to control flow"),
         (Branching, "GuardOnDataDependentSymNode: Could not guard on data-dependent expression"),
-        (Numpy, "TypeError: float() argument must be a string or a real number, not 'Proxy'"),
+        (Numpy, "TypeError: float() argument must be a string or a real number, not 'WritableProxy'"),
         (Numpy, "RuntimeError: .numpy() is not supported for tensor subclasses"),
     ],
 )

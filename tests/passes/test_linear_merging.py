@@ -218,8 +218,8 @@ READERS = {
     "a view of a transpose": (lambda a, b: a.transpose(0, 1).view(5, 2, 32) + b.transpose(0, 1), False),
     "output": (lambda a, b: b.expand_as(a), False),
     "output of a view": (lambda a, b: a.expand_as(b).transpose(0, 1)[..., 3:], False),
-    "in place": (lambda a, b: a.add_(1) + b, False),
-    "flag": (lambda a, b: F.relu(a, inplace=True) + b, False),
+    "in place": (lambda a, b: a.add_(1) + b, True),
+    "flag": (lambda a, b: F.relu(a, inplace=True) + b, True),
     "strides": (lambda a, b: a.as_strided((2,), (1,)) + b.flatten()[:2], False),
     "unknown": (lambda a, b: torch.fft.rfft(a).real + torch.fft.rfft(b).real, False),
 }
