@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import keyword
-import re
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +13,7 @@ from mono_quant_fx import graph
 from mono_quant_fx.annotation import QuantAnnotation, set_annotation
 from mono_quant_fx.call_checks import check_call, check_method
 from mono_quant_fx.errors import GraphFormatError
+from mono_quant_fx.graph_names import RESERVED, above, check_path, is_name
 from mono_quant_fx.graph_ops import function_of
 from mono_quant_fx.graph_writer import FORMAT, VERSION
 from mono_quant_fx.guards import GuardsFn
@@ -24,34 +23,9 @@ from mono_quant_fx.provenance import Step
 from mono_quant_fx.tensor_table import TensorTable
 from mono_quant_fx.tree_json import tree_from_json
 
-_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,199}", re.ASCII)
-_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_\-]{0,199}", re.ASCII)
-#: Names that the code of a graph uses for something else.
-_RESERVED = frozenset({"self", "torch", "device", "inf", "nan", "NoneType", "fx_pytree", "pytree", "getattr", "slice"})
-_IN_ROOT = frozenset({*dir(fx.GraphModule(nn.Module(), fx.Graph())), "_in_spec", "_out_spec"})
-_IN_MODULE = frozenset(dir(nn.Module()))
 _OPS = ("placeholder", "get_attr", "call_function", "call_method", "call_module", "output")
 #: Graphs inside graphs: a no_grad block in an autocast block in a guard is three.
 _MAX_GRAPHS = 8
-
-
-def is_name(name: Any) -> bool:
-    """Whether Python takes it as the name of a variable."""
-    return isinstance(name, str) and _NAME.fullmatch(name) is not None and not keyword.iskeyword(name)
-
-
-def check_path(path: Any, what: str) -> str:
-    """A dotted path whose parts torch.fx can write as attributes, and that no attribute of a module stands in.
-
-    Raises:
-        GraphFormatError: it is none.
-    """
-    parts = path.split(".") if isinstance(path, str) and len(path) <= 1000 else [""]
-    plain = all(_PART.fullmatch(p) and not keyword.iskeyword(p) and not p.startswith("__") for p in parts)
-    need(plain, what, path, "it is a dotted path of names and numbers")
-    taken = [p for i, p in enumerate(parts) if p in (_IN_MODULE if i else _IN_ROOT)]
-    need(not taken, what, path, f"{taken[0] if taken else ''} is an attribute that every module has")
-    return str(path)
 
 
 @dataclass
@@ -96,7 +70,7 @@ class Reader:
         for path, record in data.items():
             with within(f"module {show(path)}"):
                 check_path(path, "its path")
-                need(not _above(path, data), "its path", path, "it lies inside another stored module")
+                need(not above(path, data), "its path", path, "it lies inside another stored module")
                 built[path] = self._module(record, f"{prefix}{path}.", depth)
         return built
 
@@ -126,10 +100,8 @@ class Reader:
         for target in targets:
             with within(f"target {show(target)}"):
                 check_path(target, "the path")
-                need(
-                    not _above(target, set(targets) - modules.keys()), "the path", target, "a part of it is a tensor's"
-                )
-                home = target if target in modules else _above(target, modules)
+                need(not above(target, set(targets) - modules.keys()), "the path", target, "a part of it is a tensor's")
+                home = target if target in modules else above(target, modules)
                 if not home:
                     tensor, persistent = self.tensors.take(prefix + target)
                     graph.attach(gm, target, tensor, persistent)
@@ -160,7 +132,7 @@ class Reader:
 
     def _node(self, new: fx.Graph, record: dict[str, Any], nodes: dict[str, fx.Node], gm: fx.GraphModule) -> fx.Node:
         name, op = record["name"], record["op"]
-        need(is_name(name) and name not in _RESERVED, "its name", name, "it is a Python name of up to 200 letters")
+        need(is_name(name) and name not in RESERVED, "its name", name, "it is a Python name of up to 200 letters")
         need(name not in nodes, "its name", name, "another node has it")
         args = tuple(value_from_json(a, nodes) for a in items(record.get("args", []), "its args"))
         given = record.get("kwargs", {})
@@ -190,12 +162,6 @@ def _targets(records: list[Any]) -> list[Any]:
     strange = [t for t in found if not isinstance(t, str)]
     need(not strange, "a node's target", strange[:1], "a dotted path is needed")
     return list(dict.fromkeys(found))
-
-
-def _above(path: str, known: Container[str]) -> str:
-    """The path of `known` that a path lies in; "" for none."""
-    parts = path.split(".")
-    return next((p for i in range(1, len(parts)) if (p := ".".join(parts[:i])) in known), "")
 
 
 def _at(table: list[Any], index: Any, what: str) -> Any:
@@ -237,7 +203,7 @@ def _resolve(
         bare = target[len(target) - len(target.lstrip("*")) :]
         need(len(target) - len(bare) <= 2 and is_name(bare), "its target", target, "it is no name of a parameter")
         others = {str(n.target).lstrip("*") for n in nodes.values() if n.op == "placeholder"}
-        need(bare not in _RESERVED | others, "its target", target, "the code of the graph uses it for something else")
+        need(bare not in RESERVED | others, "its target", target, "the code of the graph uses it for something else")
         need(not any(True for a in args for _ in _nodes_in(a)), "its default", args, "it depends on no node")
     return target
 
@@ -253,7 +219,7 @@ def _codegen(data: Any, new: fx.Graph) -> CodeGen:
         return CodeGen()
     fields(data, "codegen", "arguments inputs outputs")
     names = items(data["arguments"], "codegen's arguments")
-    plain = all(is_name(n) and n not in _RESERVED for n in names)
+    plain = all(is_name(n) and n not in RESERVED for n in names)
     need(plain and len(set(names)) == len(names), "codegen's arguments", names, "they are different Python names")
     inputs = tree_from_json(data["inputs"])
     outputs = None if data["outputs"] is None else tree_from_json(data["outputs"])

@@ -64,7 +64,7 @@ def stored_tensors(gm: fx.GraphModule) -> Stored:
         elif name in pieces:
             tensors |= {own: tensor.detach()[start:stop] for own, start, stop in pieces[name]}
         else:
-            tensors[name] = tensor.detach()
+            tensors[name] = tensor.detach().resolve_conj().resolve_neg()
     order = sorted(tensors, key=lambda name: -tensors[name].element_size())  # stable: parts stay side by side
     parts = {name: [own for own, *_ in found] for name, found in pieces.items()}
     return Stored({name: tensors[name] for name in order}, tied, parts)

@@ -19,7 +19,7 @@ import torch
 
 from mono_quant_fx.errors import FileFormatError
 
-#: Each element type by its name in a file. Complex numbers and elements below one byte are left out.
+#: Each element type by its name in a file. Elements below one byte are left out.
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -37,6 +37,7 @@ DTYPES = {
     "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    "C64": torch.complex64,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 

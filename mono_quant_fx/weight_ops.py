@@ -62,14 +62,20 @@ class Weight:
 
 
 def find_weights(gm: fx.GraphModule) -> list[Weight]:
-    """Every float weight, in execution order: parameters (biases aside) and constants in a weight's place."""
+    """Every weight, in execution order: parameters (biases aside) and constants in a weight's place.
+
+    Complex ones are among them, and no use of theirs has a layout: codes stand for real numbers.
+    """
     weights = []
     for node in gm.graph.nodes:
         tensor = get_tensor(gm, node)
-        if tensor is None or not tensor.is_floating_point() or any(is_ours(u.target) for u in node.users):
+        is_number = tensor is not None and (tensor.is_floating_point() or tensor.is_complex())
+        if tensor is None or not is_number or any(is_ours(u.target) for u in node.users):
             continue
         uses = tuple(sorted(_uses(node, tensor, tuple(range(tensor.dim()))), key=lambda use: use.node))
         if uses and (isinstance(tensor, nn.Parameter) or any(use.layout for use in uses)):
+            complex_ = f"its values are {str(tensor.dtype)[6:]}, and codes stand for real numbers"
+            uses = tuple(replace(use, layout=None, reason=complex_) for use in uses) if tensor.is_complex() else uses
             weights.append(Weight(node, str(node.target), tensor, uses))
     return weights
 

@@ -66,7 +66,6 @@ STRICTER = (
     "must have dtype, shape and data_offsets, no more",
     "a name must be a string of Unicode text without NUL",
     "it must map strings to strings",
-    "has dtype 'C64'",
     "has dtype 'F4'",
     "a shape is at most 64 integers",
     "is BOOL and holds the byte",

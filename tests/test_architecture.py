@@ -92,7 +92,7 @@ LAYERS = [
         "allowed_aten",
         "allowed_calls",
     },
-    {"graph_ops", "tree_json", "leaf_modules", "tensor_table", "guards"},
+    {"graph_ops", "tree_json", "leaf_modules", "tensor_table", "guards", "graph_names"},
     {"call_checks"},
     {"graph_writer"},
     {"graph_reader"},

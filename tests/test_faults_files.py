@@ -16,9 +16,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 import mono_quant_fx as mq
+from mono_quant_fx import cli
 from mono_quant_fx.checkpoint_files import Checkpoint
 from mono_quant_fx.cli_inputs import load_checkpoint, read_checkpoint
 from mono_quant_fx.cli_text import CommandError
+from mono_quant_fx.graph_names import check_path
 from mono_quant_fx.tensor_file import TensorFile
 from mono_quant_fx.tensor_folder import INDEX, SINGLE, open_tensors
 from mono_quant_fx.wrapped_names import align
@@ -207,3 +209,84 @@ def test_links_within_a_folder_and_in_the_cache_of_hugging_face_are_read(tmp_pat
     save_file({"w": torch.ones(2)}, tmp_path / "b.safetensors")
     (tmp_path / SINGLE).symlink_to("b.safetensors")
     assert list(open_tensors(tmp_path).entries) == ["w"]
+
+
+# ------------------------------------------------------------------ complex numbers
+
+
+class Spectral(nn.Module):
+    """A linear layer, and a complex weight and buffer on its spectrum."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc, self.mix = nn.Linear(64, 64), nn.Parameter(torch.randn(33, 33, dtype=torch.complex64) / 8)
+        self.gain = nn.Parameter(torch.randn(33, dtype=torch.complex64).conj())
+        self.register_buffer("phase", torch.polar(torch.ones(33), torch.arange(33.0)))
+
+    def forward(self, x):
+        return torch.fft.irfft((torch.fft.rfft(self.fc(x)) * self.phase * self.gain) @ self.mix, n=64)
+
+
+@pytest.mark.parametrize("method", ["symbolic", "export"])
+def test_complex_weights_have_rows_and_files_hold_them(method, tmp_path, capsys):
+    """A complex weight had no row, and a complex buffer could not be saved, although the format has C64."""
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
+    result = mq.quantize(mq.capture(Spectral().eval(), x, method=method), group_size=32, skip_param_threshold=8)
+    rows = {row.weight: row for row in result.accuracy.rows}
+    assert rows.keys() == {"fc.weight", "mix", "gain"}
+    for name, values in (("mix", 33 * 33), ("gain", 33)):
+        reason = "its values are complex64, and codes stand for real numbers"
+        assert (rows[name].scheme, rows[name].reason, rows[name].bytes_before) == ("complex64", reason, 8 * values)
+    assert result.info.skipped_layers["mix"] == reason
+    result.save(tmp_path / "a.safetensors", graph=True)
+    with TensorFile(tmp_path / "a.safetensors") as file:
+        assert file.entries["phase"].dtype is torch.complex64
+    for again in (mq.load(tmp_path / "a.safetensors"), mq.load(tmp_path / "a.safetensors", Spectral().eval())):
+        assert torch.equal(again.graph_module(x), result.graph_module(x)) and again.accuracy == result.accuracy
+    assert cli.main(["verify", str(tmp_path / "a.safetensors")]) == 0
+
+
+def test_a_complex_checkpoint_is_streamed(tmp_path):
+    save_file({k: v.resolve_conj() for k, v in Spectral().state_dict().items()}, tmp_path / "a.safetensors")
+    mq.quantize_checkpoint(tmp_path / "a.safetensors", Spectral().eval(), tmp_path / "out", group_size=32)
+    x = torch.randn(3, 64)
+    whole = mq.quantize(Spectral().eval(), group_size=32)
+    assert torch.equal(mq.load(tmp_path / "out", Spectral().eval()).graph_module(x), whole.graph_module(x))
+
+
+# ------------------------------------------------------------------ names in a file
+
+ODD = ["a b", "it's", "größe", "层", "a/b", "a-b", "λ x: 1 # y", "__x", "😀", "x" * 9000, "{y}", "a;b", "1", "s" * 300]
+
+
+@pytest.mark.parametrize("method", ["symbolic", "export"])
+def test_what_save_writes_load_reads_whatever_the_names(method, tmp_path):
+    """Names of more than 200 characters, or others than of letters, could be written and not read back."""
+
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            for name in ODD:
+                self.add_module(name, nn.Linear(32, 32))
+
+        def forward(self, x):
+            for name in ODD:
+                x = self._modules[name](x).relu()
+            return x
+
+    torch.manual_seed(0)
+    x = torch.randn(2, 32)
+    result = mq.quantize(mq.capture(Odd().eval(), x, method=method), group_size=32, skip_param_threshold=8)
+    result.save(tmp_path / "a.safetensors", graph=True)
+    again = mq.load(tmp_path / "a.safetensors")
+    assert torch.equal(again.graph_module(x), result.graph_module(x))
+    assert {row.weight for row in again.accuracy.rows} == {f"{name}.weight" for name in ODD}
+
+
+@pytest.mark.parametrize(
+    "path", ['a"b', "a\\", "a\nb", "", "a..b", "class", "\ufb01x", "__class__", "forward", ".".join("a" * 200)]
+)
+def test_a_name_that_torch_fx_would_spell_otherwise_is_refused(path):
+    with pytest.raises(mq.GraphFormatError):
+        check_path(path, "a path")

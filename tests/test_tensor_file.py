@@ -211,7 +211,7 @@ BAD_HEADERS = {
     "metadata": ({"__metadata__": {"a": 1}}, "__metadata__ holds 'a': 1; it must map strings to strings"),
     "no metadata": ({"__metadata__": None}, "__metadata__ is None; it must map strings to strings"),
     "field": ({"a": {**SOUND, "b": 1}}, "it must have dtype, shape and data_offsets, no more"),
-    "dtype": ({"a": {**SOUND, "dtype": "C64"}}, "tensor 'a' has dtype 'C64'; known are F64, F32, F16, BF16, F8_E4M3,"),
+    "dtype": ({"a": {**SOUND, "dtype": "C128"}}, "tensor 'a' has dtype 'C128'; known are F64, F32, F16, BF16, F8_E4M3,"),
     "negative": ({"a": {**SOUND, "shape": [-2]}}, r"tensor 'a' has shape \[-2\]; a shape is at most 64 integers >= 0"),
     "bool": ({"a": {**SOUND, "shape": [True, 2]}}, r"tensor 'a' has shape \[True, 2\]"),
     "float": ({"a": {**SOUND, "shape": [2.0]}}, r"tensor 'a' has shape \[2.0\]"),
@@ -475,9 +475,9 @@ def test_long_names_have_a_temporary_too(tmp_path):
     ("entries", "metadata", "message"),
     [
         (
-            [("a", torch.complex64, (1,))],
+            [("a", torch.complex128, (1,))],
             {},
-            "tensor 'a' has dtype torch.complex64, which the format cannot hold; conv",
+            "tensor 'a' has dtype torch.complex128, which the format cannot hold; conv",
         ),
         (
             [("a", torch.int8, ()), ("a", torch.int8, ())],
