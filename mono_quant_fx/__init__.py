@@ -33,6 +33,7 @@ from mono_quant_fx.errors import (
 from mono_quant_fx.explain import explain
 from mono_quant_fx.explanation import Chapter, Explanation
 from mono_quant_fx.export_compressed_tensors import export_compressed_tensors
+from mono_quant_fx.findings import AccuracyWarning, check_accuracy_warnings
 from mono_quant_fx.import_compressed_tensors import import_compressed_tensors
 from mono_quant_fx.loading import load
 from mono_quant_fx.metrics import max_abs_error, relative_error, sqnr_db
@@ -55,13 +56,9 @@ from mono_quant_fx.provenance import Step, history
 from mono_quant_fx.result import QuantizationInfo, QuantizationResult, save
 from mono_quant_fx.select_observer import ExperimentalWarning, select_observer
 from mono_quant_fx.streaming import CheckpointReport, quantize_checkpoint
-from mono_quant_fx.table import AccuracyRow, AccuracyTable
-from mono_quant_fx.validation import (
-    AccuracyWarning,
-    ValidationResult,
-    check_accuracy_warnings,
-    validate_quantization,
-)
+from mono_quant_fx.table import AccuracyTable
+from mono_quant_fx.table_row import AccuracyRow
+from mono_quant_fx.validation import ValidationResult, validate_quantization
 from mono_quant_fx.version import __version__ as __version__
 
 __all__ = [

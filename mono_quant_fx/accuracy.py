@@ -16,16 +16,15 @@ from mono_quant_fx.config import check_thresholds
 from mono_quant_fx.data import Batch, Prepare, leaves
 from mono_quant_fx.errors import CalibrationError, PreconditionError
 from mono_quant_fx.float_graphs import both_graphs
+from mono_quant_fx.judging import with_statuses
 from mono_quant_fx.lockstep import Lockstep
 from mono_quant_fx.metrics import ErrorSum
 from mono_quant_fx.outputs import OutputSums, headline
 from mono_quant_fx.run import Progress
 from mono_quant_fx.surroundings import in_plain_surroundings
-from mono_quant_fx.table import AccuracyRow, AccuracyTable
+from mono_quant_fx.table import AccuracyTable
+from mono_quant_fx.table_row import AccuracyRow
 from mono_quant_fx.weight_figures import WeightFigures, rows_of
-
-#: dB above which a node needs no second look.
-GOOD_DB = 30.0
 
 
 @in_plain_surroundings
@@ -69,10 +68,9 @@ def measure_accuracy(
     if all_nodes:
         rows = _with_every_node(rows, quantized, errors)
     order = {n.name: i for i, n in enumerate(quantized.graph.nodes)}
-    filled = [_fill(row, errors, sqnr_warning_threshold, sqnr_error_threshold) for row in rows]
-    filled.sort(key=lambda row: order[row.node])
-    figures = outputs.figures()
-    return AccuracyTable(tuple(filled), headline(figures), samples, outputs=figures)
+    filled = sorted((_fill(row, errors) for row in rows), key=lambda row: order[row.node])
+    judged, figures = with_statuses(filled, sqnr_warning_threshold, sqnr_error_threshold), outputs.figures()
+    return AccuracyTable(tuple(judged), headline(figures), samples, outputs=figures)
 
 
 def weights_table(
@@ -89,12 +87,13 @@ def weights_table(
         sqnr_db: name of a lowered weight -> its SQNR, as weight_sqnr_db has it.
     """
     rows = [
-        judged(row, sqnr_warning_threshold, sqnr_error_threshold)
+        row
         for node, annotation in annotated(quantized)
         for row in rows_of(annotation, WeightFigures.read(reference, quantized, node, annotation, sqnr_db))
     ]
     order = {n.name: i for i, n in enumerate(quantized.graph.nodes)}
-    return AccuracyTable(tuple(sorted(rows, key=lambda row: order[row.node])))
+    rows.sort(key=lambda row: order[row.node])
+    return AccuracyTable(tuple(with_statuses(rows, sqnr_warning_threshold, sqnr_error_threshold)))
 
 
 class _NodeErrors:
@@ -157,22 +156,13 @@ def _with_every_node(
     return rows + more
 
 
-def _fill(row: AccuracyRow, errors: dict[str, _NodeErrors], warning_db: float, error_db: float) -> AccuracyRow:
+def _fill(row: AccuracyRow, errors: dict[str, _NodeErrors]) -> AccuracyRow:
     entry = errors.get(row.node)
-    if entry is not None and entry.accumulated.batches:
-        row = replace(
-            row,
-            accumulated_sqnr_db=entry.accumulated.sqnr_db,
-            max_abs_error=entry.accumulated.max_abs,
-            local_sqnr_db=entry.local.sqnr_db,
-        )
-    return judged(row, warning_db, error_db)
-
-
-def judged(row: AccuracyRow, warning_db: float, error_db: float) -> AccuracyRow:
-    """The row with the status that its figure deserves; as it is where nothing was measured."""
-    db = row.judged_db
-    if db is None:
+    if entry is None or not entry.accumulated.batches:
         return row
-    status = "critical" if db < error_db else "warning" if db < warning_db else "good" if db > GOOD_DB else "ok"
-    return replace(row, status=status)
+    return replace(
+        row,
+        accumulated_sqnr_db=entry.accumulated.sqnr_db,
+        max_abs_error=entry.accumulated.max_abs,
+        local_sqnr_db=entry.local.sqnr_db,
+    )

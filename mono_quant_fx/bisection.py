@@ -43,15 +43,32 @@ class Stage(Protocol):
         """Gives a PassResult."""
 
 
+class _Outputs:
+    """A sum for each floating-point output of the model, in order; the worst of them counts."""
+
+    def __init__(self) -> None:
+        self.sums: list[ErrorSum] = []
+
+    def add(self, expected: Any, actual: Any) -> bool:
+        """False, and nothing added, where the shapes differ."""
+        pairs = _pairs(expected, actual)
+        for i, (a, b) in enumerate(pairs or ()):
+            self.sums += [ErrorSum()] * (i == len(self.sums))
+            self.sums[i].add(a, b)
+        return pairs is not None
+
+    @property
+    def db(self) -> float:
+        """Of the worst output."""
+        return min(map(_db, self.sums), default=math.inf)
+
+
 class _Errors(NamedTuple):
-    """By node name; "output" is the model's."""
+    """Of the nodes by name, and of the model's outputs."""
 
     accumulated: dict[str, ErrorSum]
     local: dict[str, ErrorSum]
-
-    def output_db(self) -> float:
-        """Of the model's output."""
-        return _db(self.accumulated["output"])
+    outputs: _Outputs
 
 
 @in_plain_surroundings
@@ -72,7 +89,7 @@ def bisect(
         result = stage(current)
         seconds = time.perf_counter() - start
         if result.modified:
-            output_db = _after(stage, gm, result.graph_module, batches).output_db()
+            output_db = _after(stage, gm, result.graph_module, batches).outputs.db
         steps.append(BisectionStep(stage.name, output_db, result.modified, seconds))
         if found is None and output_db < threshold_db:
             found = current, result.graph_module
@@ -85,9 +102,9 @@ def bisect(
 def _check_reference(gm: fx.GraphModule, batches: list[Batch]) -> None:
     """The float graph runs, and says the same twice."""
     errors = _compare(gm, gm, batches, set())
-    if not errors.accumulated["output"].batches:
+    if not errors.outputs.sums:
         raise PreconditionError("bisect: the model's output holds no floating-point tensor, so that it has no SQNR")
-    if errors.output_db() != math.inf:
+    if errors.outputs.db != math.inf:
         raise PreconditionError(
             "bisect: the graph gives another output when it runs a second time; make it deterministic first (eval())"
         )
@@ -102,11 +119,11 @@ def _after(stage: Stage, reference: fx.GraphModule, gm: fx.GraphModule, batches:
 
 def _compare(a: fx.GraphModule, b: fx.GraphModule, batches: list[Batch], local_at: set[str]) -> _Errors:
     """How far the nodes of `b` are from those of `a`."""
-    errors = _Errors(defaultdict(ErrorSum), defaultdict(ErrorSum))
+    errors = _Errors(defaultdict(ErrorSum), defaultdict(ErrorSum), _Outputs())
 
     def visit(node: fx.Node, expected: Any, accumulated: Any, local: Any) -> None:
         is_output = node.op == "output"
-        if is_output and not _add(errors.accumulated["output"], expected, accumulated):
+        if is_output and not errors.outputs.add(expected, accumulated):
             raise CalibrationError("the outputs' shapes differ")
         if node.op.startswith("call_"):
             _add(errors.accumulated[node.name], expected, accumulated)
@@ -152,7 +169,7 @@ def _carried(before: fx.GraphModule, after: fx.GraphModule, batches: list[Batch]
     exact = _isolated(before)
     is_stateful = bool(written(before))  # then each node's runs need a state of their own
     twins = {name: _isolated(before) if is_stateful else exact for name in names}
-    errors = {name: ErrorSum() for name in names}
+    errors = {name: _Outputs() for name in names}
     plan = Lockstep(_isolated(before), _isolated(after), set(names))
     noise = Noise()
     for batch in batches:
@@ -161,10 +178,10 @@ def _carried(before: fx.GraphModule, after: fx.GraphModule, batches: list[Batch]
         def visit(node: fx.Node, _: Any, __: Any, local: Any, batch: Batch = batch, expected: Any = expected) -> None:
             if local is not None:
                 again = partial(run_batch, twins[node.name], batch, replaced={node.name: local})
-                _add(errors[node.name], expected, noise.again("", again))
+                errors[node.name].add(expected, noise.again("", again))
 
         plan.run(batch, visit)
-    return {name: _db(total) for name, total in errors.items()}
+    return {name: found.db for name, found in errors.items()}
 
 
 def _isolated(gm: fx.GraphModule) -> fx.GraphModule:
@@ -173,14 +190,18 @@ def _isolated(gm: fx.GraphModule) -> fx.GraphModule:
     return twin
 
 
-def _add(total: ErrorSum, expected: Any, actual: Any) -> bool:
-    """Adds the floating-point tensors of two values; False, and nothing added, where their shapes differ."""
-    pairs = list(zip(_tensors(expected), _tensors(actual), strict=False))
-    if len(_tensors(expected)) != len(_tensors(actual)) or any(a.shape != b.shape for a, b in pairs):
-        return False
-    for a, b in pairs:
+def _add(total: ErrorSum, expected: Any, actual: Any) -> None:
+    """Adds the floating-point tensors of two values, unless their shapes differ."""
+    for a, b in _pairs(expected, actual) or ():
         total.add(a, b)
-    return True
+
+
+def _pairs(expected: Any, actual: Any) -> list[tuple[Tensor, Tensor]] | None:
+    """The floating-point tensors of two values side by side; None where their numbers or shapes differ."""
+    ours, theirs = _tensors(expected), _tensors(actual)
+    if [a.shape for a in ours] != [b.shape for b in theirs]:
+        return None
+    return list(zip(ours, theirs, strict=True))
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -13,7 +13,8 @@ from mono_quant_fx.loading import Header, read_header
 from mono_quant_fx.records import to_plain
 from mono_quant_fx.result import QuantizationInfo, QuantizationResult, output_figure
 from mono_quant_fx.saving import DIGESTS, KEY
-from mono_quant_fx.table import AccuracyRow, AccuracyTable, kib
+from mono_quant_fx.table import AccuracyTable
+from mono_quant_fx.table_row import AccuracyRow, kib
 from mono_quant_fx.tensor_file import TensorFile
 from mono_quant_fx.tensor_header import DTYPE_NAMES
 
@@ -83,18 +84,23 @@ def model_report(table: AccuracyTable, info: QuantizationInfo, config: QuantConf
 
 
 def figure(table: AccuracyTable) -> tuple[str, float]:
-    """What --fail-below-db judges: a name, and dB. The model output's; without data the worst quantized weight's.
+    """What --fail-below-db judges: a name, and dB. The model output's; where it has none the worst quantized node's,
+    and without data the worst quantized weight's.
 
     Raises:
         CommandError: nothing was measured.
     """
     if table.output_sqnr_db is not None:
         return "the model output", table.output_sqnr_db
-    known = [(row.weight_sqnr_db, row.weight) for row in table.rows if row.weight_sqnr_db is not None]
+    known = [
+        (row.local_sqnr_db, f"the output of node {row.node}") for row in table.rows if row.local_sqnr_db is not None
+    ]
+    if not known:
+        known = [(row.weight_sqnr_db, f"weight {row.weight}") for row in table.rows if row.weight_sqnr_db is not None]
     if not known:
         raise CommandError("--fail-below-db: the table has no figure to judge; no weight was quantized")
     least, name = min(known, key=lambda pair: (pair[0] == pair[0], pair[0]))  # NaN is the worst
-    return f"weight {printable(name)}", least
+    return printable(name), least
 
 
 def verdict(table: AccuracyTable, least: float | None) -> str | None:

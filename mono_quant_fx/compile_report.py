@@ -14,14 +14,14 @@ from torch import Tensor, fx, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from mono_quant_fx import graph
-from mono_quant_fx.accuracy import judged
 from mono_quant_fx.annotation import QuantAnnotation, annotated
 from mono_quant_fx.config import QuantConfig
 from mono_quant_fx.dynamo_frames import Fallback, current_frame, limits_hit
+from mono_quant_fx.findings import AccuracyWarning, check_rows
+from mono_quant_fx.judging import with_statuses
 from mono_quant_fx.rules import Known, matching_patterns, unmatched_patterns
 from mono_quant_fx.shared_codes import Entry
-from mono_quant_fx.table import AccuracyRow, db, kib
-from mono_quant_fx.validation import AccuracyWarning, check_rows
+from mono_quant_fx.table_row import AccuracyRow, db, kib
 from mono_quant_fx.weight_figures import WeightFigures, rows_of
 from mono_quant_fx.weight_ops import find_weights, hidden_weights
 
@@ -218,7 +218,7 @@ class Ledger:
             reason = "; ".join(filter(None, (reason, f"codes of graph {first}" if first != number else "")))
         rows = rows_of(replace(annotation, weight=label, reason=reason), figures)
         limits = self._config.sqnr_warning_threshold, self._config.sqnr_error_threshold
-        return [judged(row, *limits) for row in rows]
+        return with_statuses(rows, *limits)
 
     def _label(self, tensor: Tensor, name: str) -> str:
         if tensor not in self._labels:

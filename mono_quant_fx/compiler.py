@@ -18,6 +18,7 @@ from mono_quant_fx.collection import UNLIMITED, Reading, read
 from mono_quant_fx.config import QuantConfig
 from mono_quant_fx.data import Prepare
 from mono_quant_fx.errors import ConfigError, PreconditionError
+from mono_quant_fx.findings import AccuracyWarning, check_accuracy_warnings
 from mono_quant_fx.held_out import Split, split
 from mono_quant_fx.pass_base import Callback, Pass, Pipeline
 from mono_quant_fx.passes import (
@@ -32,7 +33,6 @@ from mono_quant_fx.passes import (
 )
 from mono_quant_fx.result import QuantizationInfo, QuantizationResult
 from mono_quant_fx.table import AccuracyTable
-from mono_quant_fx.validation import AccuracyWarning, check_accuracy_warnings
 from mono_quant_fx.values import require_inputs, require_values
 
 T = TypeVar("T")

@@ -12,7 +12,8 @@ from mono_quant_fx.annotation import QuantAnnotation, annotated, get_annotation
 from mono_quant_fx.graph import get_tensor, module_path, module_stack, op_name
 from mono_quant_fx.ops.registry import is_ours
 from mono_quant_fx.printing import format_node
-from mono_quant_fx.table import AccuracyRow, AccuracyTable, db
+from mono_quant_fx.table import AccuracyTable
+from mono_quant_fx.table_row import AccuracyRow, db
 
 #: Deeper module paths are drawn in the group of this depth.
 MAX_DEPTH = 12

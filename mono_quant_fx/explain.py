@@ -18,7 +18,8 @@ from mono_quant_fx.errors import ConfigError, PreconditionError, UnknownNameErro
 from mono_quant_fx.explanation import Chapter, Explanation
 from mono_quant_fx.provenance import Step, history
 from mono_quant_fx.result import QuantizationResult
-from mono_quant_fx.table import AccuracyRow, AccuracyTable, db
+from mono_quant_fx.table import AccuracyTable
+from mono_quant_fx.table_row import AccuracyRow, db
 
 Fact = tuple[str, str]
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in [^\n]*\n\s*([^\n]*)')

@@ -178,15 +178,24 @@ def named_leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple
 
 def _pair(structure: Any, value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], fx.Node | None, Any]]:
     """(path, the graph's node, leaf) of a value that was returned for `structure`, an output node's argument."""
-    if isinstance(structure, fx.Node):
-        yield from ((way, structure, leaf) for way, leaf in named_leaves(value, path))
+    parts = _made_of(structure) if isinstance(structure, fx.Node) else _parts(structure)
+    values = _parts(value)
+    if not parts or values is None or not {name for name, _ in values} <= {name for name, _ in parts}:
+        node = structure if isinstance(structure, fx.Node) else None
+        yield from ((way, node, leaf) for way, leaf in named_leaves(value, path))
         return
-    parts, values = _parts(structure), _parts(value)
-    if parts is None or values is None or len(parts) != len(values):
-        yield from ((way, None, leaf) for way, leaf in named_leaves(value, path))
-        return
-    for (name, part), (_, own) in zip(parts, values, strict=True):
-        yield from _pair(part, own, (*path, name))
+    sources = dict(parts)
+    for name, own in values:
+        yield from _pair(sources[name], own, (*path, name))
+
+
+def _made_of(node: fx.Node) -> list[tuple[str, Any]]:
+    """The fields of a dataclass that the node makes; nothing for every other node."""
+    made = node.target
+    if not (isinstance(made, type) and dataclasses.is_dataclass(made)):
+        return []
+    fields = [f.name for f in dataclasses.fields(made)]
+    return [*zip(fields, node.args, strict=False), *node.kwargs.items()]
 
 
 def _parts(value: Any) -> list[tuple[str, Any]] | None:

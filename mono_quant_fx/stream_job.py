@@ -19,6 +19,7 @@ from mono_quant_fx.codes import hollow_codes
 from mono_quant_fx.compiler import info_of
 from mono_quant_fx.config import QuantConfig
 from mono_quant_fx.errors import CaptureError
+from mono_quant_fx.findings import check_accuracy_warnings
 from mono_quant_fx.pass_base import Pass, Pipeline
 from mono_quant_fx.passes import DequantFusion, Int4GroupwiseLowering, LinearMerging, SkipAnnotation
 from mono_quant_fx.records import to_plain
@@ -28,7 +29,6 @@ from mono_quant_fx.shard_plan import Shard, own_annotations, plan_shards
 from mono_quant_fx.table import AccuracyTable
 from mono_quant_fx.tensor_folder import open_tensors
 from mono_quant_fx.tensor_header import layout
-from mono_quant_fx.validation import check_accuracy_warnings
 
 #: A figure whose text is as long as one can be.
 _LONGEST = -1.2345678901234567e-300

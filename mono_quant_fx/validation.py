@@ -1,11 +1,9 @@
-"""Judgement: accuracy warnings on a result, and the four checks on a quantized graph."""
+"""The four checks on a quantized graph."""
 
 from __future__ import annotations
 
 import copy
-import math
-import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,103 +14,9 @@ from mono_quant_fx import graph
 from mono_quant_fx.accuracy import measure_accuracy
 from mono_quant_fx.annotation import annotated, stored_weight
 from mono_quant_fx.collection import collect
-from mono_quant_fx.config import QuantConfig
 from mono_quant_fx.data import Prepare, leaves
-from mono_quant_fx.errors import AccuracyError
 from mono_quant_fx.float_graphs import both_graphs
-from mono_quant_fx.result import QuantizationResult
 from mono_quant_fx.surroundings import in_plain_surroundings
-from mono_quant_fx.table import CALIBRATION, AccuracyRow
-
-LEAST_CALIBRATION_SAMPLES = 50
-
-
-class AccuracyWarning(UserWarning):
-    """Quantization went through, and may have cost more accuracy than the user wants."""
-
-
-def check_accuracy_warnings(
-    result: QuantizationResult,
-    *,
-    accuracy_warning: str = "warn",
-    sqnr_warning_threshold: float = 20.0,
-    sqnr_error_threshold: float = 10.0,
-) -> list[str]:
-    """The findings on a result, one line a category, each naming its worst five nodes.
-
-    Categories: nodes (or the model output) below `sqnr_error_threshold` dB, below `sqnr_warning_threshold` dB, every
-    layer quantized, and calibration with fewer than 50 samples. "warn" issues each as an AccuracyWarning, "error"
-    raises when there is a critical one (and warns of the others), "ignore" only returns them.
-
-    Raises:
-        AccuracyError: accuracy_warning is "error" and a critical finding exists; its `result` is the result.
-        ConfigError: a threshold or mode is out of range.
-    """
-    QuantConfig(
-        accuracy_warning=accuracy_warning,
-        sqnr_warning_threshold=sqnr_warning_threshold,
-        sqnr_error_threshold=sqnr_error_threshold,
-    )
-    critical, others = _findings(
-        result.accuracy.rows, result.info.sqnr_db, sqnr_warning_threshold, sqnr_error_threshold
-    )
-    if not result.info.skipped_layers:
-        others.append("All layers were quantized: embeddings, norms and the output layer are usually worth keeping")
-    if result.info.measured_on == CALIBRATION:
-        others.append(
-            f"All figures are measured on calibration data, {result.accuracy.samples} samples: there was too little to "
-            "hold any of it out, and on other data they may be lower; give evaluation_data, or more batches"
-        )
-    if 0 < result.info.calibration_samples_used < LEAST_CALIBRATION_SAMPLES:
-        others.append(
-            f"Few calibration samples: {result.info.calibration_samples_used} < {LEAST_CALIBRATION_SAMPLES}; the "
-            "measured figures may not hold on other data"
-        )
-    _tell(critical, others, accuracy_warning, result)
-    return critical + others
-
-
-def check_rows(rows: Sequence[AccuracyRow], config: QuantConfig) -> None:
-    """Warns or raises, as `config.accuracy_warning` asks, of rows below the thresholds of `config`.
-
-    Raises:
-        AccuracyError: accuracy_warning is "error" and a row is critical.
-    """
-    found = _findings(rows, None, config.sqnr_warning_threshold, config.sqnr_error_threshold)
-    _tell(*found, config.accuracy_warning)
-
-
-def _tell(critical: list[str], others: list[str], accuracy_warning: str, result: object = None) -> None:
-    if accuracy_warning != "ignore":
-        for message in others if accuracy_warning == "error" else critical + others:
-            warnings.warn(message, AccuracyWarning, stacklevel=4)
-    if accuracy_warning == "error" and critical:
-        raise AccuracyError("; ".join(critical), result)
-
-
-def _findings(
-    rows: Sequence[AccuracyRow], output_db: float | None, warning_db: float, error_db: float
-) -> tuple[list[str], list[str]]:
-    critical = _below(rows, output_db, -math.inf, error_db, "CRITICAL: far too noisy")
-    return critical, _below(rows, output_db, error_db, warning_db, "Low SQNR")
-
-
-def _below(rows: Sequence[AccuracyRow], output_db: float | None, low: float, high: float, label: str) -> list[str]:
-    def within(db: float | None) -> bool:
-        return db is not None and low <= db < high
-
-    found = sorted((row for row in rows if within(row.judged_db)), key=lambda row: row.judged_db or 0.0)
-    messages = []
-    if found:
-        worst = ", ".join(_show(row) for row in found[:5])
-        messages.append(f"{label}: {len(found)} of {len(rows)} nodes below {high:g} dB: {worst}")
-    if within(output_db):
-        messages.append(f"{label}: the model output has {output_db:.2f} dB, below {high:g} dB")
-    return messages
-
-
-def _show(row: AccuracyRow) -> str:
-    return f"{row.module or row.node} {row.judged_db:.2f} dB"
 
 
 @dataclass(frozen=True)

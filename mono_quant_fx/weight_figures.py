@@ -11,8 +11,9 @@ from mono_quant_fx import graph, numerics
 from mono_quant_fx.annotation import ObservedInput, QuantAnnotation, stored_weight
 from mono_quant_fx.errors import PreconditionError
 from mono_quant_fx.metrics import ErrorSum
-from mono_quant_fx.table import AccuracyRow
-from mono_quant_fx.weight_ops import to_matrix
+from mono_quant_fx.normal_weights import normal_sqnr_db
+from mono_quant_fx.table_row import AccuracyRow
+from mono_quant_fx.weight_ops import matrix_shape, to_matrix
 
 
 def rows_of(annotation: QuantAnnotation, weight: WeightFigures) -> list[AccuracyRow]:
@@ -33,9 +34,16 @@ def rows_of(annotation: QuantAnnotation, weight: WeightFigures) -> list[Accuracy
             observer=seen.observer if seen else "", input_range=_range(seen), algorithm=annotation.algorithm,
             gain_db=annotation.gain_db, int8_gain_db=annotation.int8_gain_db,
             bias_gain_db=annotation.bias_gain_db,
+            normal_sqnr_db=None if weight.sqnr_db is None else _normal(annotation),
         )  # fmt: skip
         rows.append(row)
     return rows
+
+
+def _normal(annotation: QuantAnnotation) -> float | None:
+    if annotation.scheme is None:
+        return None
+    return normal_sqnr_db(annotation.scheme, matrix_shape(annotation.shape, annotation.layout, annotation.groups)[1])
 
 
 def _range(seen: ObservedInput | None) -> tuple[float, float] | None:

@@ -97,10 +97,10 @@ def test_all_nodes_adds_every_floating_point_node_in_order():
 
 
 def test_thresholds_decide_the_status():
-    gm, out = compile_(MLP())
-    db = mq.measure_accuracy(gm, out).rows[0].weight_sqnr_db
+    (gm, out), data = compile_(MLP()), [torch.randn(4, 64)]
+    db = mq.measure_accuracy(gm, out, data).rows[0].local_sqnr_db
     for low, high, status in ((db + 1, db + 2, "critical"), (db - 1, db + 1, "warning"), (db - 2, db - 1, "ok")):
-        table = mq.measure_accuracy(gm, out, sqnr_error_threshold=low, sqnr_warning_threshold=high)
+        table = mq.measure_accuracy(gm, out, data, sqnr_error_threshold=low, sqnr_warning_threshold=high)
         assert table.rows[0].status == status
 
 

@@ -14,6 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import mono_quant_fx as mq
 from mono_quant_fx import ops
 from tests import hf_models
+from tests.models import hopeless_
 
 #: The graph sums as the eager ops do, but the inner backend may choose other kernels for what surrounds them.
 ATOL = 1e-5
@@ -359,6 +360,7 @@ def test_a_weight_without_codes_stops_the_compilation_and_is_named():
 
 def test_poor_weights_are_warned_of_or_refused_as_the_config_says():
     model, x = nn.Sequential(nn.Linear(64, 32)).eval(), torch.randn(2, 64)
+    hopeless_(model)
     fields = {"group_size": 32, "inner": "eager", "sqnr_warning_threshold": 90, "sqnr_error_threshold": 80}
     with pytest.warns(mq.AccuracyWarning, match="CRITICAL: far too noisy: 1 of 1 nodes below 80 dB"):
         torch.compile(model, backend=mq.compile_backend(**fields))(x)

@@ -23,6 +23,7 @@ from mono_quant_fx.saving import DIGESTS, KEY, digest
 from mono_quant_fx.tensor_file import TensorFile, TensorWriter, write_tensors
 from mono_quant_fx.tensor_folder import INDEX, PARTIAL, SINGLE, TensorFolder, open_tensors
 from tests import streaming_kills
+from tests.models import hopeless_
 from tests.test_storage import CASES, Attention, assert_same, quantized
 
 DATA_FREE = [name for name in CASES if name not in ("gptq", "activations")]
@@ -132,7 +133,8 @@ def test_what_a_report_says(tmp_path):
 
 
 def test_a_critical_finding_comes_with_the_report(tmp_path):
-    _, model, _ = quantized("merged")
+    model = copy.deepcopy(quantized("merged")[1])
+    hopeless_(model)
     source = save_float(tmp_path / "float.safetensors", model)
     call = {"group_size": 16, "sqnr_error_threshold": 60.0, "sqnr_warning_threshold": 61.0}
     with pytest.raises(mq.AccuracyError, match="CRITICAL") as e:
