@@ -14,6 +14,7 @@ from mono_quant_fx.data import Batch
 from mono_quant_fx.errors import CaptureError
 from mono_quant_fx.graph import attach, is_persistent, named_tensors
 from mono_quant_fx.randomness import nothing_else_drawn
+from mono_quant_fx.regions import open_regions
 from mono_quant_fx.stopwatch import Stopwatch
 from mono_quant_fx.tracer import normalize
 from mono_quant_fx.tracing_lock import exporting
@@ -43,6 +44,7 @@ def export(
         gm = program.module()
         for name, tensor in frozen.items():
             attach(gm, name, tensor, is_persistent(gm, name))
+        open_regions(gm)
         gm = normalize(gm)
         follow_inputs(gm)
         return gm, _fixed_sizes(program) if dynamic_shapes is None and dynamic == "all" else []
@@ -63,11 +65,11 @@ def _thaw(model: nn.Module) -> dict[str, Tensor]:
 def follow_inputs(gm: fx.GraphModule) -> None:
     """Makes every device that an export froze that of the first input, so that gm.to(device) moves all there is.
 
-    A model that lies on several devices keeps them, and so does a no_grad or autocast block that takes no tensor.
+    A model that lies on several devices keeps them, and so does an autocast block that takes no tensor.
     """
     homes = {n.meta["val"].device for n in _tensor_inputs(gm)} | {t.device for _, t in named_tensors(gm)}
     if len(homes) == 1:
-        for part in gm.modules():  # the bodies of autocast and no_grad blocks are graphs of their own
+        for part in gm.modules():  # the bodies of autocast blocks are graphs of their own
             if isinstance(part, fx.GraphModule):
                 _unfreeze(part, *homes)
 

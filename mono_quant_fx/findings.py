@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Sequence
 
+from mono_quant_fx.annotation import annotated
 from mono_quant_fx.config import QuantConfig
 from mono_quant_fx.errors import AccuracyError
 from mono_quant_fx.judging import UNUSUAL_DB, Verdict, verdicts
@@ -54,6 +55,12 @@ def check_accuracy_warnings(
         )
     if not info.skipped_layers:
         others.append("All layers were quantized: embeddings, norms and the output layer are usually worth keeping")
+    wide = [a.weight for _, a in annotated(result.graph_module) if a.lowered and a.dtype == "float64"]
+    if wide:
+        others.append(
+            f"{len(wide)} weights are float64: their codes and scales are worked out to float32 precision, and figures "
+            "count that as quantization"
+        )
     if 0 < info.calibration_samples_used < LEAST_CALIBRATION_SAMPLES:
         others.append(
             f"Few calibration samples: {info.calibration_samples_used} < {LEAST_CALIBRATION_SAMPLES}; the measured "

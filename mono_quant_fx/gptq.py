@@ -52,7 +52,8 @@ def gptq(
     Raises:
         WeightError: the weight holds NaN or infinity, or H is no Hessian (it is not positive even when damped).
     """
-    columns, finite = weight.shape[1], torch.finfo(weight.dtype)
+    columns = weight.shape[1]
+    largest = min(torch.finfo(weight.dtype).max, torch.finfo(torch.float32).max)
     descending = torch.argsort(H.diagonal(), descending=True, stable=True)
     order = descending if activation_order else torch.arange(columns, device=weight.device)
     Hinv = _inverse_factor(H, damping, order)
@@ -62,7 +63,7 @@ def gptq(
         codes, updated = _walk(weight, Hinv, order, scale, zero_point, scheme)
         plain = numerics.quantize(weight.float(), scale, zero_point, scheme)
         found += [(codes, scale, zero_point), (plain, scale, zero_point)]
-        W = updated.clamp(finite.min, finite.max).to(weight.dtype)
+        W = updated.clamp(-largest, largest).to(weight.dtype)
     return best_rows(weight, H, scheme, *found)
 
 

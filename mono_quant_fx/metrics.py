@@ -23,8 +23,13 @@ class ErrorSum:
     batches: int = 0
 
     def add(self, reference: Tensor, approximation: Tensor) -> None:
-        """Adds one pair of equally shaped tensors (any floating dtype; sums are taken in float64)."""
-        ref, diff = reference.detach().to(torch.float32), approximation.detach().to(torch.float32)
+        """Adds one pair of equally shaped tensors (any floating dtype; sums are taken in float64).
+
+        Differences are taken in float32, and in float64 where one of the two is.
+        """
+        is_double = torch.float64 in (reference.dtype, approximation.dtype)
+        dtype = torch.float64 if is_double else torch.float32
+        ref, diff = reference.detach().to(dtype), approximation.detach().to(dtype)
         diff = ref - diff
         self.batches += 1
         if not bool(torch.isfinite(diff.sum())):

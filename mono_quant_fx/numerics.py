@@ -14,6 +14,7 @@ The equation is the affine map of arXiv 1712.05877 (eq. 1), w = scale * (q - zer
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -102,7 +103,7 @@ def quantize(weight: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: Q
     qmin, qmax = code_range(scheme.bits)
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     for (w, at), (q, _) in zip(grouped(weight, scheme.group_size), grouped(codes, scheme.group_size), strict=True):
-        scaled = torch.div(w, scale[:, at, None].float()).round_()
+        scaled = torch.div(w.float(), scale[:, at, None].float()).round_()
         if zero_point is not None:
             scaled += zero_point[:, at, None]
         q.copy_(scaled.clamp_(qmin, qmax))
@@ -160,10 +161,12 @@ def quantize_matrix(weight: Tensor, scheme: QuantScheme) -> QuantizedWeight:
     """Rounds a float matrix [N, K] to `scheme`, a tile of rows at a time, so that the scratch never grows with it.
 
     Raises:
-        WeightError: the matrix holds NaN or an infinity, is empty, or is not floating point.
+        WeightError: the matrix holds NaN or an infinity, is empty, is not floating point, or is beyond float32.
     """
     if weight.dim() != 2 or weight.numel() == 0 or not weight.is_floating_point():
         raise WeightError(f"a non-empty float matrix is needed, not {tuple(weight.shape)} of {weight.dtype}")
+    if weight.dtype == torch.float64:
+        check_range(weight)
     step = max(1, TILE // weight.shape[1])
     parts = [_quantize_tile(tile, scheme) for tile in weight.detach().split(step)]
     packed, scale, zero_point = zip(*parts, strict=True)
@@ -218,6 +221,17 @@ def dequantize_weight(stored: QuantizedWeight, group_size: int, columns: int) ->
         zero = None if zero_point is None else zero_point[rows]
         dequantize_packed(packed[rows], scale[rows], zero, group_size, full[rows])
     return full[:, :columns].contiguous()
+
+
+def check_range(weight: Tensor) -> None:
+    """Raises WeightError where the largest magnitude of a float64 weight is none that float32 has."""
+    most, info = float(weight.detach().abs().amax()), torch.finfo(torch.float32)
+    if info.max < most < math.inf or 0.0 < most < info.tiny:
+        side = "exceeds float32" if most > info.max else "is below what float32 can hold"
+        raise WeightError(
+            f"its largest magnitude, {most:.3g}, {side}, in which codes and scales are worked out; rescale the model "
+            "or skip this layer"
+        )
 
 
 def _quantize_tile(tile: Tensor, scheme: QuantScheme) -> QuantizedWeight:

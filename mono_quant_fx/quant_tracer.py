@@ -13,6 +13,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 
 from mono_quant_fx import graph
 from mono_quant_fx.errors import CaptureError
+from mono_quant_fx.regions import Regions
 from mono_quant_fx.weight_table import WEIGHT_MODULES
 from mono_quant_fx.writable_proxy import WritableProxy
 
@@ -81,7 +82,16 @@ class QuantTracer(fx.Tracer):
         """See torch.fx.Tracer.trace."""
         for name, tensor in graph.named_tensors(root):
             self._names.setdefault(id(tensor), name)
-        return super().trace(root, concrete_args)
+        self._regions = Regions()
+        traced = super().trace(root, concrete_args)
+        self._regions.detach(traced, root)
+        return traced
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        """See torch.fx.Tracer.create_node; notes what holds around the call."""
+        node = super().create_node(*args, **kwargs)
+        self._regions.note(node)
+        return node
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Weight modules are opened, and what has forward hooks; the rest of torch.nn, and TorchScript, stays whole."""

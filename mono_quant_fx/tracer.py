@@ -13,6 +13,7 @@ from mono_quant_fx import graph
 from mono_quant_fx.functionalize import functionalize
 from mono_quant_fx.quant_tracer import QuantTracer
 from mono_quant_fx.randomness import NOT_TORCHS, Draws, FrozenRandomnessError, OtherDraws, own_generators
+from mono_quant_fx.regions import open_regions
 from mono_quant_fx.tracing_lock import tracing
 from mono_quant_fx.twins import twin
 from mono_quant_fx.weight_ops import is_assertion
@@ -95,6 +96,7 @@ def _identity(tensor: Tensor) -> Any:
 def open_modules(gm: fx.GraphModule) -> fx.GraphModule:
     """Replaces each call of a weight module by what its forward does, and returns a normalized clone."""
     gm = graph.clone(gm)
+    open_regions(gm)
     for node in list(gm.graph.nodes):
         module = graph.get_attribute(gm, node.target) if node.op == "call_module" else None
         if type(module) in WEIGHT_MODULES and not (isinstance(module, _ConvTransposeNd) and len(_given(node)) > 1):

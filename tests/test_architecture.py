@@ -46,7 +46,7 @@ LAYERS = [
     {"permutations"},
     {"weight_table"},
     {"graph", "clip"},
-    {"norm_patterns", "fingerprint"},
+    {"norm_patterns", "fingerprint", "regions"},
     {"gptq", "normal_weights"},
     {"refine"},
     {"rounding"},
