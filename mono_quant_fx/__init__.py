@@ -24,6 +24,7 @@ from mono_quant_fx.errors import (
     NotSelfContainedError,
     PassError,
     PatternError,
+    PerformanceWarning,
     PlanError,
     PostconditionError,
     PreconditionError,
@@ -38,7 +39,7 @@ from mono_quant_fx.import_compressed_tensors import import_compressed_tensors
 from mono_quant_fx.loading import load
 from mono_quant_fx.metrics import max_abs_error, relative_error, sqnr_db
 from mono_quant_fx.modules import QuantizedLinearInt4
-from mono_quant_fx.native import Kernels, PerformanceWarning, kernels
+from mono_quant_fx.native import Kernels, kernels
 from mono_quant_fx.numerics import QuantizedWeight, quantize_weight_int4
 from mono_quant_fx.observers import (
     HistogramObserver,

@@ -77,3 +77,7 @@ class FileFormatError(MonoQuantError):
 
 class PlanError(MonoQuantError):
     """A file's plan does not fit the model that it is loaded into; the message names the weight and what differs."""
+
+
+class PerformanceWarning(UserWarning):
+    """A slower path than the fastest possible one is taken; the message says why, once."""

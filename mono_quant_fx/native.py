@@ -19,7 +19,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from mono_quant_fx.errors import ConfigError
+from mono_quant_fx import forking
+from mono_quant_fx.errors import ConfigError, PerformanceWarning
 
 #: From the slowest to the fastest; the place of a name is what the library's mq_cpu() returns.
 PATHS = ("torch", "avx2", "avx512", "avx512_bf16")
@@ -27,10 +28,6 @@ PATHS = ("torch", "avx2", "avx512", "avx512_bf16")
 VARIABLE = "MONO_QUANT_FX_KERNEL"
 #: The numbers by which the library knows the types of elements.
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-
-
-class PerformanceWarning(UserWarning):
-    """A slower path than the fastest possible one is taken; the message says why, once."""
 
 
 #: The two halves of mq_linear, and mq_dequantize, of kernels/api.h: pointers, sizes, and small numbers.
@@ -184,7 +181,7 @@ class Linear:
         call = _CALL.pack(
             x.data_ptr(), out.data_ptr(), rows, columns if x.is_contiguous() else x.stride(-2), outputs,
             TYPES[x.dtype], TYPES[out.dtype],
-            1 if rows * columns * outputs < ALONE else torch.get_num_threads(), rows if few else 0,
+            1 if rows * columns * outputs < ALONE else forking.threads(), rows if few else 0,
         )  # fmt: skip
         status = self._entry(self._weight + call)
         if status < 0:
@@ -207,7 +204,7 @@ def dequantize(
         codes.data_ptr() + first * codes.stride(0) * codes.element_size(),
         scale.data_ptr() + first * groups * scale.element_size(),
         zero, out.data_ptr(), out.shape[1], rows, _group(group_size, out.shape[1]), out.stride(0),
-        TYPES[scale.dtype], TYPES[out.dtype], torch.get_num_threads(),
+        TYPES[scale.dtype], TYPES[out.dtype], forking.threads(),
     )  # fmt: skip
     if _entry(f"mq_dequantize_int{bits}")(arguments):
         _no_memory()

@@ -40,7 +40,7 @@ LAYERS = [
     {"config"},
     {"numerics", "metrics", "compressed_tensors_config"},
     {"foreign_packing"},
-    {"native"},
+    {"native", "forking"},
     {"ops"},
     {"arguments", "free_names"},
     {"permutations"},

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mono_quant_fx import forking
 from mono_quant_fx.errors import InputError
 from mono_quant_fx.numerics import code_range
 from mono_quant_fx.ops.operands import FLOATS, check_places
@@ -54,6 +55,7 @@ def check_qparams(scale: Tensor, zero_point: Tensor) -> None:
 def _quantize(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     """Infinities are clipped like all that is out of range; NaN is an InputError on a CPU, and elsewhere becomes 0."""
     _check_float(x, scale, zero_point)
+    forking.settle()
     codes = x.float() / scale[0].float()  # float32: a half type has too few bits for a code of 8
     if x.device.type != "cpu":
         codes.nan_to_num_(nan=0.0)  # asking whether there is one would wait for the device
@@ -87,6 +89,7 @@ def _check_float(x: Tensor, scale: Tensor, zero_point: Tensor) -> None:
 def _dequantize(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     quantized = Codes(x, scale, zero_point)
     quantized.check()
+    forking.settle()
     return quantized.values(scale.dtype)
 
 

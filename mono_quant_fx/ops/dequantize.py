@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mono_quant_fx import native, numerics
+from mono_quant_fx import forking, native, numerics
 from mono_quant_fx.ops.operands import check_places, check_qparams
 from mono_quant_fx.ops.registry import register
 
@@ -52,6 +52,7 @@ def _int4_cpu(packed: Tensor, scale: Tensor, zero_point: Tensor | None, group_si
 
 def _by_kernel(bits: int, stored: numerics.QuantizedWeight, group_size: int, columns: int) -> Tensor:
     """The kernel's bits are the reference's."""
+    forking.settle()
     if native.path() == "torch" or not native.takes(stored) or stored.weight_packed.numel() == 0:
         return numerics.dequantize_weight(stored, group_size, columns)
     out = stored.weight_scale.new_empty(stored.weight_packed.shape[0], columns)

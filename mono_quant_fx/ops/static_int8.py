@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mono_quant_fx import numerics
+from mono_quant_fx import forking, numerics
 from mono_quant_fx.numerics import QuantizedWeight
 from mono_quant_fx.ops import onednn
 from mono_quant_fx.ops.activation import Codes
@@ -51,6 +51,7 @@ def _floats(x: Codes, weight: QuantizedWeight, bias: Tensor | None) -> tuple[Ten
 def _linear(*arguments: Any) -> Tensor:
     x, weight, bias = _operands(arguments)
     _check_linear(x, weight, bias)
+    forking.settle()
     if not onednn.can_run(x, weight):
         return reference_linear(x, weight, bias)
     codes = x.codes.reshape(-1, x.codes.shape[-1])
@@ -67,6 +68,7 @@ def _linear_fake(*arguments: Any) -> Tensor:
 def _int4_linear(*arguments: Any) -> Tensor:
     x, weight, bias = _operands(arguments)
     _check_int4_linear(x, weight, bias, *arguments[7:])
+    forking.settle()
     scale = weight.weight_scale
     # whole numbers up to 255 are exact in bfloat16 as well, so that the scale of x comes last
     dtype = torch.promote_types(scale.dtype, torch.float32)
@@ -89,6 +91,7 @@ def _conv(*arguments: Any) -> Tensor:
     x, weight, bias = _operands(arguments)
     window = Window(*arguments[7:])
     _check_conv(x, weight, bias, window)
+    forking.settle()
     if x.codes.numel() == 0 or weight.weight_packed.numel() == 0:
         return _conv_of_nothing(x, weight, bias, window)
     is_batch = x.codes.dim() == len(window.size) + 2

@@ -11,6 +11,7 @@ and the choice follows from the number of rows alone.
 
 from __future__ import annotations
 
+import os
 import time
 import weakref
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mono_quant_fx import native, numerics
+from mono_quant_fx import forking, native, numerics
 from mono_quant_fx.numerics import QuantizedWeight
 from mono_quant_fx.ops.operands import check_places
 
@@ -44,6 +45,8 @@ _CHOSEN: dict[tuple[Any, ...], str] = {}
 _KERNELS: dict[tuple[Any, ...], str] = {}
 #: id of weight_packed -> what was found out about it.
 _PLANS: dict[int, _Plan] = {}
+if hasattr(os, "register_at_fork"):  # so that a child's first call settles what a fork leaves behind
+    os.register_at_fork(after_in_child=_PLANS.clear)
 
 
 class Call(NamedTuple):
@@ -166,6 +169,7 @@ def _new_plan(
     compute: str,
     check: Callable[[], None],
 ) -> _Plan:
+    forking.settle()
     packed, scale, zero_point = weight
     path = native.path()
     key = (
@@ -219,7 +223,7 @@ def choose(call: Call) -> str:
     if len(candidates) == 1 or torch.are_deterministic_algorithms_enabled():
         return candidates[0]
     sizes = (n.bit_length() for n in (rows, call.x.shape[-1], call.out.shape[-1], call.group_size + 1))
-    key = (call.kernel, call.bits, call.x.dtype, torch.get_num_threads(), *sizes)
+    key = (call.kernel, call.bits, call.x.dtype, forking.threads(), *sizes)
     if key not in _CHOSEN:
         best, least = candidates[0], float("inf")
         for way in candidates:
