@@ -17,13 +17,24 @@ _INTERNAL = re.compile(
 
 
 class ThisThread:
-    """True in the thread that made it, as long as it is active."""
+    """True in the thread that made it, as long as it is active. It stands where others expect a bool."""
 
     def __init__(self) -> None:
         self.thread, self.is_active = threading.get_ident(), True
 
     def __bool__(self) -> bool:
         return self.is_active and threading.get_ident() == self.thread
+
+    def __or__(self, other: Any) -> Any:
+        return bool(self) | other
+
+    def __and__(self, other: Any) -> Any:
+        return bool(self) & other
+
+    def __eq__(self, other: object) -> bool:
+        return bool(self) == other
+
+    __ror__, __rand__, __hash__ = __or__, __and__, object.__hash__
 
 
 @contextlib.contextmanager
