@@ -18,8 +18,8 @@ from torch import fx, nn
 
 from mono_quant_fx.belongings import kept
 from mono_quant_fx.capture_checks import check_model
-from mono_quant_fx.capture_errors import explain_failure
-from mono_quant_fx.capture_record import CaptureRecord, plain_batch, set_record, tied_names
+from mono_quant_fx.capture_errors import explain_export, explain_failure
+from mono_quant_fx.capture_record import CaptureRecord, plain_batch, set_closed, set_record, tied_names
 from mono_quant_fx.data import Batch, to_batch
 from mono_quant_fx.errors import CaptureError, ConfigError
 from mono_quant_fx.export_ways import exported
@@ -170,14 +170,18 @@ class _Attempts:
         symbolic = None
         if method != "export":
             symbolic = self._try("symbolic tracing", self._symbolic, failures)
-            if symbolic is not None and (method == "symbolic" or not _worth_exporting(symbolic[0])):
+            if symbolic is not None and not _worth_exporting(symbolic[0]):
                 return symbolic
+            if symbolic is not None and method == "symbolic":
+                return _closed(symbolic, BY_SYMBOLIC)
         if method != "symbolic" and self.example is not None:
             exported = self._try("torch.export", self._export, failures)
             if exported is not None and (symbolic is None or _reachable(exported[0]) > _reachable(symbolic[0])):
                 return exported
         if symbolic is not None:
-            return symbolic
+            failure = failures.get("torch.export")
+            tried = BY_BOTH if self.example is not None else BY_EXAMPLE
+            return _closed(symbolic, tried if failure is None else explain_export(self.model, failure))
         raise CaptureError(explain_failure(self.model, failures, method, self.example is not None)) from next(
             reversed(failures.values()), None
         )
@@ -203,6 +207,16 @@ class _Attempts:
         tied, has_own_sizes = tied_names(self.model), self.dynamic_shapes is not None
         record = CaptureRecord("export", None, plain_batch(found.batch), has_own_sizes, tied, found.dynamic)
         return set_record(found.graph_module, record), found.notes
+
+
+#: Why modules that hide their weights stay closed, and what opens them.
+BY_SYMBOLIC = 'method="auto" with example_inputs lets torch.export open it'
+BY_EXAMPLE = "give example_inputs, or data, so that torch.export can open it"
+BY_BOTH = "torch.export does not open it either; give it a forward of its own that calls ops on its weights"
+
+
+def _closed(found: Captured, why: str) -> Captured:
+    return set_closed(found[0], why), found[1]
 
 
 def _worth_exporting(gm: fx.GraphModule) -> bool:

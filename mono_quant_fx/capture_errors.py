@@ -33,6 +33,12 @@ def explain_own_failure(model: nn.Module, example: str, error: BaseException) ->
     )
 
 
+def explain_export(model: nn.Module, failure: BaseException) -> str:
+    """Why torch.export did not open the modules that symbolic tracing keeps closed, and what to try, on one line."""
+    tries = _remedies({"torch.export": failure}, "auto", True)
+    return f"torch.export, which would open it, stopped at {where(model, failure)}: {reason(failure)}; try: {tries[0]}"
+
+
 def where(model: nn.Module, error: BaseException) -> str:
     """File, line, function and source text: the innermost frame that is the user's, else a torch layer's, else forward.
 

@@ -13,6 +13,7 @@ from mono_quant_fx.errors import FileFormatError
 from mono_quant_fx.graph import named_tensors
 
 KEY = "mono_quant_fx_capture"
+CLOSED = "mono_quant_fx_closed"
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,17 @@ def set_record(gm: fx.GraphModule, record: CaptureRecord) -> fx.GraphModule:
     """Puts it on a graph."""
     gm.meta[KEY] = record
     return gm
+
+
+def set_closed(gm: fx.GraphModule, why: str) -> fx.GraphModule:
+    """Notes on a graph why modules that hide their weights were not opened."""
+    gm.meta[CLOSED] = why
+    return gm
+
+
+def closed_because(gm: fx.GraphModule) -> str:
+    """That note; "" where there is none."""
+    return str(gm.meta.get(CLOSED, ""))
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:

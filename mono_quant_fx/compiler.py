@@ -16,6 +16,7 @@ from mono_quant_fx.annotation import annotated
 from mono_quant_fx.capture import captured
 from mono_quant_fx.collection import UNLIMITED, Reading, read
 from mono_quant_fx.config import QuantConfig
+from mono_quant_fx.coverage import coverage_notes
 from mono_quant_fx.data import Prepare
 from mono_quant_fx.errors import ConfigError, PreconditionError
 from mono_quant_fx.findings import AccuracyWarning, check_accuracy_warnings
@@ -128,9 +129,10 @@ def quantize(
     samples = 0 if data.calibration is None else data.calibration.samples
     info = info_of(gm, out, table, config, samples, clock.seconds)
     result = QuantizationResult(out, table, info, config)
-    info.warnings += [*notes, *data.notes]
+    ours = [*data.notes, *coverage_notes(gm, table, model)]
+    info.warnings += [*notes, *ours]
     info.warnings += check_accuracy_warnings(result, accuracy_warning="ignore", **_thresholds(config))
-    for note in data.notes if config.accuracy_warning != "ignore" else ():
+    for note in ours if config.accuracy_warning != "ignore" else ():
         warnings.warn(note, AccuracyWarning, stacklevel=2)
     check_accuracy_warnings(result, accuracy_warning=config.accuracy_warning, **_thresholds(config))
     return result

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from mono_quant_fx import copying
 from mono_quant_fx.errors import PassError, PreconditionError
 from mono_quant_fx.ops.registry import is_ours
+from mono_quant_fx.storage_bytes import stored_bytes
 from mono_quant_fx.this_thread import unheard
 from mono_quant_fx.weight_table import PURE
 
@@ -211,6 +212,5 @@ def module_path(node: fx.Node) -> str:
 
 
 def total_bytes(module: nn.Module) -> int:
-    """Bytes of everything a module stores, a shared tensor counted once."""
-    storages = {t.untyped_storage()._cdata: t.nbytes for _, t in named_tensors(module)}
-    return sum(storages.values())
+    """Bytes of everything a module stores; memory that several of its tensors share counts once."""
+    return stored_bytes(tensor for _, tensor in named_tensors(module))

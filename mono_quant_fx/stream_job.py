@@ -18,6 +18,7 @@ from mono_quant_fx.checkpoint import Checkpoint, match
 from mono_quant_fx.codes import hollow_codes
 from mono_quant_fx.compiler import info_of
 from mono_quant_fx.config import QuantConfig
+from mono_quant_fx.coverage import coverage_notes
 from mono_quant_fx.errors import CaptureError
 from mono_quant_fx.findings import check_accuracy_warnings
 from mono_quant_fx.pass_base import Pass, Pipeline
@@ -72,7 +73,7 @@ class Job:
         table = self.table
         info = info_of(self.reference, self.quantized, table, self.config, 0, {})
         result = QuantizationResult(self.quantized, table, info, self.config)
-        info.warnings += self.notes
+        info.warnings += [*self.notes, *coverage_notes(self.reference, table, self.reference)]
         info.warnings += check_accuracy_warnings(result, accuracy_warning="ignore", **self.thresholds)
         return result
 

@@ -11,10 +11,12 @@ from torch import fx, nn
 from mono_quant_fx import graph
 from mono_quant_fx.annotation import QuantAnnotation, WeightUser, annotated, set_annotation, users_of
 from mono_quant_fx.calls import inside
+from mono_quant_fx.capture_record import closed_because
 from mono_quant_fx.config import QuantConfig
 from mono_quant_fx.errors import NothingQuantizedError
 from mono_quant_fx.pass_base import Pass
 from mono_quant_fx.rules import Known, check_patterns, decide, decide_leaf
+from mono_quant_fx.ways_out import way_out
 from mono_quant_fx.weight_ops import Weight, find_weights, hidden_weights
 
 
@@ -48,7 +50,7 @@ class SkipAnnotation(Pass):
             set_annotation(node, _annotate_leaf(node, module, self.config))
         found = [a for _, a in annotated(gm)]
         if self.whole and not any(a.scheme for a in found):
-            raise NothingQuantizedError(_nothing(self.name, found))
+            raise NothingQuantizedError(f"{self.name}: {_nothing(gm, found)}")
 
 
 def _annotate(weight: Weight, config: QuantConfig) -> QuantAnnotation:
@@ -79,12 +81,14 @@ def _annotate_leaf(node: fx.Node, module: nn.Module, config: QuantConfig) -> Qua
     return QuantAnnotation(path, None, decision.reason, tuple(largest.shape), dtype, users=(user,))
 
 
-def _nothing(name: str, found: list[QuantAnnotation]) -> str:
+def _nothing(gm: fx.GraphModule, found: list[QuantAnnotation]) -> str:
+    names = {name for name, _ in graph.named_tensors(gm)}
     if not found:
-        return f"{name}: the model has no weights, so there is nothing to quantize"
-    counts = Counter(a.reason for a in found).most_common(8)
-    listed = "; ".join(f"{n} x {reason}" for reason, n in counts)
-    return (
-        f"{name}: none of the {len(found)} weights would be quantized ({listed}); loosen the skip rules "
-        "(default_skips=False, skip_param_threshold, small_layer) or leave the model as it is"
-    )
+        unread = f"; no op takes one of its {len(names)} tensors as a weight" if names else ""
+        return f"the model has no weights, so there is nothing to quantize{unread}"
+    first = {annotation.reason: annotation for annotation in reversed(found)}
+    told = []
+    for reason, count in Counter(a.reason for a in found).most_common(8):
+        advice = way_out(reason, first[reason].weight, names, closed_because(gm))
+        told.append(f"{count} x {reason}" + (f" ({advice})" if advice else ""))
+    return f"none of the {len(found)} weights would be quantized: {'; '.join(told)}"

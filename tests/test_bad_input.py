@@ -75,7 +75,7 @@ FIELDS = {
     "nothing": (
         {"skip_param_threshold": 10**6},
         mq.NothingQuantizedError,
-        r"none of the 2 weights would be quantized \(1 x 8192 parameters < skip_param_threshold 1000000; .*loosen the",
+        r"none of the 2 weights would be quantized: 1 x 8192 parameters < skip_param_threshold 1000000 \(lower skip_",
     ),
 }
 

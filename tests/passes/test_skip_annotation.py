@@ -71,8 +71,8 @@ def test_nothing_to_quantize_is_an_error_that_counts_the_reasons():
     gm = mq.capture(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).eval())
     with pytest.raises(
         mq.NothingQuantizedError,
-        match=r"skip-annotation: none of the 2 weights would be quantized "
-        r"\(2 x 16 parameters < skip_param_threshold 512\); loosen the skip rules",
+        match=r"skip-annotation: none of the 2 weights would be quantized: "
+        r"2 x 16 parameters < skip_param_threshold 512 \(lower skip_param_threshold\)",
     ):
         mq.passes.SkipAnnotation()(gm)
 
