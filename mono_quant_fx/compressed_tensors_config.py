@@ -5,12 +5,11 @@ Reference: the package's QuantizationConfig, QuantizationScheme and Quantization
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from mono_quant_fx.config import QuantScheme
-from mono_quant_fx.errors import CheckpointError
 
 PACKED, INT, MIXED = "pack-quantized", "int-quantized", "mixed-precision"
 
@@ -91,55 +90,3 @@ def _arguments(bits: int, symmetric: bool, strategy: str, group_size: int | None
         "actorder": None,
         "block_structure": None,
     }
-
-
-@dataclass(frozen=True)
-class Found:
-    """What the config groups of a checkpoint leave open for a weight: the bits, and the group sizes, that occur.
-
-    `static_inputs` says whether some group has static INT8 inputs, one scale a tensor.
-    """
-
-    bits: frozenset[int]
-    group_sizes: frozenset[int]
-    static_inputs: bool
-
-
-def read_config(config: Mapping[str, Any], where: str) -> Found:
-    """Reads a quantization_config.
-
-    Raises:
-        CheckpointError: a format, or a number type, that has no counterpart here; names it and `where`.
-    """
-    fmt = config.get("format")
-    if fmt not in (PACKED, INT, MIXED, "naive-quantized"):
-        raise CheckpointError(f"{where}: format {fmt!r}: {PACKED}, {INT} or {MIXED} can be read")
-    if config.get("transform_config"):
-        raise CheckpointError(f"{where}: transform_config: weights that were rotated offline cannot be read")
-    groups = config.get("config_groups")
-    if not isinstance(groups, Mapping) or not groups:
-        raise CheckpointError(f"{where}: config_groups, name -> scheme, is missing")
-    bits, sizes, static = set(), set(), False
-    for name, group in groups.items():
-        weights = group.get("weights") if isinstance(group, Mapping) else None
-        at = f"{where}: config_groups[{name!r}]"
-        if not isinstance(weights, Mapping):
-            raise CheckpointError(f"{at}: weights, the scheme of its weights, is missing (a preset's name is not read)")
-        if weights.get("type", "int") != "int" or weights.get("num_bits") not in (4, 8):
-            raise CheckpointError(
-                f"{at}: {weights.get('type')} weights of {weights.get('num_bits')} bits; integers of 4 or 8 can be read"
-            )
-        bits.add(weights["num_bits"])
-        size = weights.get("group_size")
-        if isinstance(size, int) and not isinstance(size, bool) and size > 0:
-            sizes.add(size)
-        static = static or _is_static(group.get("input_activations"), at)
-    return Found(frozenset(bits), frozenset(sizes), static)
-
-
-def _is_static(inputs: Any, at: str) -> bool:
-    if not isinstance(inputs, Mapping) or inputs.get("dynamic", False) is not False:
-        return False
-    if (inputs.get("num_bits"), inputs.get("type", "int"), inputs.get("strategy", "tensor")) != (8, "int", "tensor"):
-        raise CheckpointError(f"{at}: input_activations: static INT8 with one scale a tensor can be read, nothing else")
-    return True

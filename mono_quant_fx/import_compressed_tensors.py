@@ -67,7 +67,7 @@ def import_compressed_tensors(
     names = _Names.of(model)
     gm = _skeleton(model, example_inputs, names)
     stored = {}
-    for want in _wanted(gm):
+    for want in _wanted(gm, names):
         found = reader.read(names.stored_as(want, checkpoint))
         if found is not None:
             stored[want.name] = found
@@ -89,12 +89,18 @@ class _Names:
 
     tensors: dict[str, Tensor]
     device: torch.device
+    kinds: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: nn.Module) -> _Names:
         tensors = dict(graph.named_tensors(model))
         real = (t.device for t in tensors.values() if not t.is_meta)
-        return cls(tensors, next(real, torch.device("cpu")))
+        kinds = {name: tuple(kind.__name__ for kind in type(part).__mro__) for name, part in model.named_modules()}
+        return cls(tensors, next(real, torch.device("cpu")), kinds)
+
+    def kinds_of(self, name: str) -> tuple[str, ...]:
+        """The names of the class, and of those above it, of the module that a tensor belongs to."""
+        return self.kinds.get(name.rpartition(".")[0], ())
 
     def aliases(self, name: str) -> list[str]:
         """Every name of the tensor, this one first: a checkpoint has a tied tensor under one of them."""
@@ -108,7 +114,7 @@ class _Names:
         for name in self.aliases(want.name):
             module = name.removesuffix("weight")
             if any(name + part in checkpoint for part in parts) or f"{module}qweight" in checkpoint:
-                return replace(want, name=name)
+                return replace(want, name=name, kinds=self.kinds_of(name))
         return want
 
 
@@ -147,13 +153,13 @@ def _leave_meta(gm: fx.GraphModule, device: torch.device) -> None:
     gm.recompile()
 
 
-def _wanted(gm: fx.GraphModule) -> Iterator[Wanted]:
+def _wanted(gm: fx.GraphModule, names: _Names) -> Iterator[Wanted]:
     """The weights that may be stored as codes, as matrices."""
     for weight in find_weights(gm):
         use = weight.uses[0]
         if use.layout is not None:
             rows, columns = matrix_shape(tuple(weight.tensor.shape), use.layout, use.groups)
-            yield Wanted(weight.name, rows, columns, weight.tensor.dtype)
+            yield Wanted(weight.name, rows, columns, weight.tensor.dtype, names.kinds_of(weight.name))
 
 
 def _plain_tensors(

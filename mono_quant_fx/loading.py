@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,7 @@ from mono_quant_fx.passes import (
 from mono_quant_fx.records import from_plain
 from mono_quant_fx.result import QuantizationInfo, QuantizationResult
 from mono_quant_fx.saving import DIGESTS, FORMAT_VERSION, KEY
+from mono_quant_fx.statements import graph_faults, table_faults
 from mono_quant_fx.surroundings import in_plain_surroundings
 from mono_quant_fx.table import AccuracyTable
 from mono_quant_fx.tensor_folder import Tensors, open_tensors
@@ -88,8 +89,8 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> Quanti
             where save(..., graph=True) put it.
 
     Raises:
-        FileFormatError: the file is damaged, something else, or incomplete. CaptureError: the model cannot be captured
-            as before.
+        FileFormatError: the file is damaged, something else, or incomplete, or says one thing twice and not the same.
+        CaptureError: the model cannot be captured as before.
         PlanError: the model's weights or tensors are not the file's; names them, with what was found and expected.
 
     >>> import tempfile
@@ -104,14 +105,25 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> Quanti
     """
     file = open_tensors(path)
     header = read_header(file)
+    _refuse(file, table_faults(header.plan, header.table))
     if model is None:
         gm = own_graph(file, header)
+        _refuse(file, graph_faults(header.plan, gm))
     else:
         _check_type(model)
         float_graph = capture(model) if isinstance(model, fx.GraphModule) else capture_again(model, header.capture)
         gm = _pipeline(file, header)(float_graph).graph_module
         _fill(gm, file, header)
     return QuantizationResult(gm, header.table, header.info, header.config)
+
+
+def _refuse(file: Tensors, faults: Iterator[tuple[str, str]]) -> None:
+    """Raises FileFormatError for the first of what a file says twice, and not the same."""
+    for weight, what in faults:
+        raise FileFormatError(
+            f"{file.path}: weight {weight!r} {what}; the file was changed after it was saved, and which one is right "
+            "cannot be told: save it again"
+        )
 
 
 def _check_type(model: object) -> None:

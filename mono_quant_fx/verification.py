@@ -15,6 +15,7 @@ from mono_quant_fx.errors import FileFormatError, GraphFormatError
 from mono_quant_fx.loading import Header, own_graph, read_header
 from mono_quant_fx.numerics import code_range, num_groups
 from mono_quant_fx.saving import DIGESTS
+from mono_quant_fx.statements import graph_faults, table_faults
 from mono_quant_fx.surroundings import in_plain_surroundings
 from mono_quant_fx.tensor_file import TensorFile
 from mono_quant_fx.tensor_header import DTYPE_NAMES, Entry, shown
@@ -57,7 +58,7 @@ def verify_file(file: TensorFile) -> Findings:
     for entry in header.plan:
         found.problems += _check_weight(file, header, entry, owned)
     found.problems += _check_names(file, header, owned)
-    found.problems += _check_table(header)
+    found.problems += [Problem(*fault) for fault in table_faults(header.plan, header.table)]
     found.problems += _check_digests(file)
     first = {(p.where, p.what.partition(";")[0]): p for p in reversed(found.problems)}  # missing twice is missing once
     found.problems = [p for p in found.problems if first[p.where, p.what.partition(";")[0]] is p]
@@ -216,17 +217,9 @@ def _check_graph(file: TensorFile, header: Header) -> Iterator[Problem]:
         yield Problem(name, "is unknown; the graph in the file does not read it")
     if read <= file.entries.keys():
         try:
-            own_graph(file, header)
+            yield from (Problem(*fault) for fault in graph_faults(header.plan, own_graph(file, header)))
         except (GraphFormatError, FileFormatError) as error:
             yield Problem("graph", f"cannot be loaded: {' '.join(str(error).split())[:400]}")
-
-
-def _check_table(header: Header) -> Iterator[Problem]:
-    schemes = {entry.weight: str(entry.scheme) for entry in header.plan if entry.lowered and entry.scheme}
-    for row in header.table.rows:
-        if row.weight in schemes and row.scheme != schemes[row.weight]:
-            planned = shown(schemes[row.weight])
-            yield Problem(row.weight, f"is {shown(row.scheme)} in the table and {planned} in the plan")
 
 
 def _check_digests(file: TensorFile) -> Iterator[Problem]:
