@@ -21,12 +21,14 @@ def register(
     derivatives: dict[int, Derivative] | None = None,
     leading: bool = False,
     autocast: tuple[int, ...] = (),
+    autocast_result: bool = False,
 ) -> torch._ops.OpOverload:
     """Defines `schema` ("name(Tensor x, ...) -> Tensor") with its reference for all devices; returns the overload.
 
     `cpu` is the implementation for that device, where it is another. `derivatives` are by the places of arguments (see
     derivative.py), `leading` says that x may have any leading dimensions. Where autocast is on, it casts the arguments
-    at `autocast`, as it does with those of the float op, and stays out of what happens inside.
+    at `autocast`, as it does with those of the float op, and stays out of what happens inside; `autocast_result` casts
+    what comes out, for ops whose float op would give autocast's type but whose input are codes.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
@@ -38,17 +40,18 @@ def register(
     _LIBRARY.impl(name, differentiated(op, cpu or reference, derivatives), "Autograd", with_keyset=True)
     torch.library.register_vmap(f"{NAMESPACE}::{name}", vectorized(op, leading), lib=_LIBRARY)
     for device in ("CPU", "CUDA"):
-        _LIBRARY.impl(name, _casting(op, autocast, device.lower()), f"Autocast{device}")
+        _LIBRARY.impl(name, _casting(op, autocast, autocast_result, device.lower()), f"Autocast{device}")
     return op
 
 
-def _casting(op: torch._ops.OpOverload, at: tuple[int, ...], device: str) -> Callable[..., Any]:
+def _casting(op: torch._ops.OpOverload, at: tuple[int, ...], result: bool, device: str) -> Callable[..., Any]:
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
 
     def call(*arguments: Any) -> Any:
         dtype = torch.get_autocast_dtype(device)
         with torch._C._ExcludeDispatchKeyGuard(keys):
-            return op(*(_cast(a, dtype) if i in at else a for i, a in enumerate(arguments)))
+            out = op(*(_cast(a, dtype) if i in at else a for i, a in enumerate(arguments)))
+            return _cast(out, dtype) if result else out
 
     return call
 

@@ -2,7 +2,7 @@
 
 x holds the codes of quantize_activation. The reference dequantizes both sides and computes in float32; where oneDNN's
 INT8 kernels can run, w8a8 does, and the two differ by float32 rounding alone (docs/numerics.md has the tolerance).
-The result has weight_scale's dtype, which is the model's.
+The result has weight_scale's dtype, which is the model's; under autocast its type, rounded once at the end.
 """
 
 from __future__ import annotations
@@ -166,6 +166,7 @@ w8a8_linear = register(
     _linear_fake,
     derivatives={6: BY_BIAS},
     leading=True,
+    autocast_result=True,
 )
 w4a8_linear = register(
     f"w4a8_linear({_INPUT}, Tensor weight_packed, Tensor weight_scale, Tensor? weight_zero_point, Tensor? bias, "
@@ -174,6 +175,7 @@ w4a8_linear = register(
     _int4_linear_fake,
     derivatives={6: BY_BIAS},
     leading=True,
+    autocast_result=True,
 )
 w8a8_conv = register(
     f"w8a8_conv({_INPUT}, Tensor weight, Tensor weight_scale, Tensor? weight_zero_point, Tensor? bias, "
@@ -181,4 +183,5 @@ w8a8_conv = register(
     _conv,
     _conv_fake,
     derivatives={6: _BY_CHANNEL},
+    autocast_result=True,
 )
