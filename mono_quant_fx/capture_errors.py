@@ -89,6 +89,11 @@ def _remedies(failures: dict[str, BaseException], method: str, has_example: bool
             "return a tuple or a dict of tensors, or make the output's class known with "
             "torch.export.register_dataclass (torch.utils._pytree.register_pytree_node for another container)"
         )
+    if any(_looks_for_causality(e) for e in failures.values()):
+        advice.append(
+            "say by keyword in the example whether the mask is causal (tgt_is_causal=True, or is_causal=True for an "
+            "encoder), so that torch does not look at its values"
+        )
     if "control flow" in text or "DataDependent" in text or "Could not guard" in text or "symbolically traced" in text:
         advice.append("replace a Python `if` or `while` on tensor values by torch.where or torch.cond")
     advice.append("quantize the submodules that can be captured, one by one, and put the results in their places")
@@ -96,3 +101,8 @@ def _remedies(failures: dict[str, BaseException], method: str, has_example: bool
         "torch.compile(model, backend=mq.compile_backend()): it quantizes, without data, the pieces that Dynamo finds"
     )
     return advice
+
+
+def _looks_for_causality(error: BaseException) -> bool:
+    """Whether torch's own transformer stopped the export where it compares a mask with the causal one."""
+    return any(frame.name == "_detect_is_causal_mask" for frame in traceback.extract_tb(error.__traceback__))

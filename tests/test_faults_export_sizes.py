@@ -225,3 +225,28 @@ def test_the_stopwatch_stops_work_in_a_call_of_torch_and_leaves_torch_as_it_was(
         torch.ones(1000).sum()
     assert torch.overrides._len_torch_function_stack() == 0
     assert torch.ones(1).add(1) == 2
+
+
+class Decoding(nn.Module):
+    """Its decoder is one opaque module to a symbolic trace, and looks at its mask's values."""
+
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerDecoderLayer(32, 4, 64, batch_first=True)
+        self.decoder, self.out = nn.TransformerDecoder(layer, 1), nn.Linear(32, 32)
+
+    def forward(self, x, memory, mask, is_causal=None):
+        return self.out(self.decoder(x, memory, mask, tgt_is_causal=is_causal))
+
+
+def test_a_mask_whose_values_torch_looks_at_is_answered_with_a_way_out_that_works():
+    """The decoder was left whole, ratio 1.04, and nothing said so."""
+    model, mask = Decoding().eval(), nn.Transformer.generate_square_subsequent_mask(5)
+    fields = {"group_size": 16, "skip_param_threshold": 0, "default_skips": False}
+    result = mq.quantize(model, (r(2, 5), r(2, 4), mask), **fields)
+    said = " ".join(result.info.warnings)
+    assert "return self.out(self.decoder(" in said and "try: say by keyword in the example" in said
+    example = {"x": r(2, 5), "memory": r(2, 4), "mask": mask, "is_causal": True}
+    result = mq.quantize(model, example, **fields)
+    assert "decoder.layers.0.linear1" in result.info.quantized_layers
+    assert "by keyword" not in " ".join(result.info.warnings)
