@@ -27,7 +27,6 @@ from mono_quant_fx.exporter import follow_inputs
 from mono_quant_fx.faithfulness import Expectation, check_faithful, expectation
 from mono_quant_fx.functionalize import input_notes
 from mono_quant_fx.randomness import own_generators
-from mono_quant_fx.state import own_state
 from mono_quant_fx.surroundings import plain
 from mono_quant_fx.tracer import open_modules, trace
 from mono_quant_fx.tracing_lock import tracing
@@ -97,7 +96,6 @@ def captured(model: Any, example_inputs: Any = None, *, method: str = "auto", dy
             if example is not None:
                 example.check_fits(model)
             gm, notes = attempt(model, example, method, dynamic_shapes)
-        own_state(gm)
         return gm, [*notes, *input_notes(gm)]
 
 

@@ -18,7 +18,6 @@ from mono_quant_fx.data import Batch, to_batch
 from mono_quant_fx.errors import CaptureError, MonoQuantError
 from mono_quant_fx.exporter import export
 from mono_quant_fx.functionalize import input_notes
-from mono_quant_fx.state import own_state
 from mono_quant_fx.surroundings import plain
 from mono_quant_fx.tracer import trace
 from mono_quant_fx.twins import twin, without_global_hooks
@@ -44,7 +43,6 @@ def capture_without_values(model: nn.Module, example_inputs: Any = None) -> tupl
     gm, notes = attempt(hollow, example, "auto", is_compared=False)
     record = get_record(gm)
     _to_meta(gm)
-    own_state(gm)
     return set_record(gm, record), [*notes, *input_notes(gm)]
 
 
@@ -76,7 +74,6 @@ def capture_again(model: nn.Module, record: CaptureRecord) -> fx.GraphModule:
             f"{type(model).__name__} cannot be captured as the saved model was (by {record.method}): "
             f"{type(e).__name__}: {reason}; {given}"
         ) from e
-    own_state(gm)
     return set_record(gm, record)
 
 

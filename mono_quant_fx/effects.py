@@ -122,29 +122,22 @@ def is_tensor(node: fx.Node) -> bool:
     return name not in PIECES | TUPLES
 
 
-def is_fresh(node: fx.Node) -> bool:
-    """Whether a call's result certainly is memory of its own, or none."""
-    return not shared(node)
-
-
 def shared(node: fx.Node) -> list[fx.Node]:
     """The arguments whose memory a call's result may be."""
     if node.op in ("placeholder", "get_attr") or is_number(node):
         return []
-    if node.op == "output" or isinstance(node.target, HigherOrder) or is_unknown(node):
+    if node.op == "output" or isinstance(node.target, HigherOrder) or bodies(node) or is_unknown(node):
         return [a for a in node.all_input_nodes if not is_number(a) and not is_body(a)]
     first = first_argument(node)
-    written = [w.node for w in writes(node)]
-    if node.op == "call_module":
-        known = isinstance(module_of(node), (*IDENTITY_MODULES, *EITHER_MODULES))
-        return node.all_input_nodes[:1] if known else written
+    if node.op == "call_module" and isinstance(module_of(node), (*IDENTITY_MODULES, *EITHER_MODULES)):
+        return node.all_input_nodes[:1]
     name = call_name(node)
     if node.target is operator.getitem and _copies(node.args[1]):
         return []
     if node.target is operator.getitem or name in VIEWS | PIECES | IDENTITIES | EITHER | RESHAPERS:
         every = name in ("einsum", "broadcast_tensors", "meshgrid", "cartesian_prod", "atleast_1d", "atleast_2d")
         return node.all_input_nodes if every or not isinstance(first, fx.Node) else [first]
-    return list(dict.fromkeys((*written, *_returned(node))))
+    return _returned(node) if schemas(node.target) else list(dict.fromkeys(_given_back(node)))
 
 
 def origins(values: Iterable[fx.Node]) -> set[fx.Node]:
@@ -200,24 +193,26 @@ def _sure_writes(node: fx.Node) -> list[fx.Node]:
         return _written_by_schema(node)
     if isinstance(node.target, HigherOrder) or bodies(node):
         return _written_in_bodies(node)
+    inside = getattr(module_of(node), "written", None) if node.op == "call_module" else None
+    if inside is not None:  # of a call on copies: see pure_writes.OnCopies
+        return [node.all_input_nodes[i] for i in inside]
+    is_item = node.target is operator.setitem or (node.op == "call_method" and node.target == "__setitem__")
+    return nodes_in(first_argument(node))[:1] if is_item else [*_given_back(node), *_written_by_layers(node)]
+
+
+def _given_back(node: fx.Node) -> list[fx.Node]:
+    """What a call of torch's without a schema writes and gives back: relu_(x), inplace=True, x += y, out=x."""
     first = nodes_in(first_argument(node))[:1]
     if node.op == "call_module":
         module = module_of(node)
-        inside = getattr(module, "written", None)  # of a call on copies: see out_of_place.OnCopies
-        if inside is not None:
-            return [node.all_input_nodes[i] for i in inside]
         return first if is_torchs(type(module)) and getattr(module, "inplace", False) is True else []
     found = nodes_in(node.kwargs.get("out"))
-    name = call_name(node)
     if not isinstance(node.target, str) and not is_torchs(node.target):
         return found
+    name = call_name(node)
     is_in_place = name.endswith("_") and not name.endswith("__") and name not in RESHAPERS | HARMLESS
-    is_dunder = node.op == "call_method" and (name == "__setitem__" or augmented(node) is not None)
-    if is_in_place or is_dunder or node.target is operator.setitem or augmented(node) is not None:
-        found += first
-    if node.op == "call_function" and is_flagged(node):
-        found += first
-    return found + _written_by_layers(node)
+    is_asked = node.op == "call_function" and is_flagged(node)
+    return found + first if is_in_place or is_asked or augmented(node) is not None else found
 
 
 def _written_by_schema(node: fx.Node) -> list[fx.Node]:

@@ -17,6 +17,7 @@ from mono_quant_fx.capture_errors import explain_own_failure, reason
 from mono_quant_fx.data import Batch, leaves
 from mono_quant_fx.errors import CaptureError
 from mono_quant_fx.randomness import own_generators
+from mono_quant_fx.rebinding import check_read, plain_tensors
 from mono_quant_fx.this_thread import unheard
 from mono_quant_fx.untouched import untouched
 from mono_quant_fx.variants import Variant, variants
@@ -32,6 +33,7 @@ class Expectation:
     def __init__(self, model: nn.Module, example: Batch):
         self.model, self.example = model, example
         self.variants = variants(example)
+        self.rebound: set[str] = set()  # see rebinding.py
         self._seconds: dict[Variant, tuple[Batch, list[Any]] | None] = {}
         try:
             self.first = self._run(example)
@@ -55,9 +57,13 @@ class Expectation:
         return tolerance(coarsest(lambda: self._run(self.example), iter([*tensors, *self.first])))
 
     def _run(self, batch: Batch) -> list[Any]:
-        given = batch.private()
+        given, twin = batch.private(), _running_twin(self.model)
+        before = plain_tensors(twin)
         with untouched(self.model):
-            return _outputs(_running_twin(self.model), lambda m: m(*given.args, **given.kwargs))
+            outputs = _outputs(twin, lambda m: m(*given.args, **given.kwargs))
+        after = plain_tensors(twin)
+        self.rebound |= {name for name, tensor in before.items() if after.get(name) is not tensor}
+        return outputs
 
     def _try(self, batch: Batch) -> tuple[Batch, list[Any]] | None:
         try:
@@ -101,6 +107,7 @@ def check_faithful(gm: fx.GraphModule, expected: Expectation, *, is_strict: bool
     Raises:
         CaptureError: the graph gives something else than the model, or fails where the model does not.
     """
+    check_read(gm, expected.rebound)
     found = _compare(gm, expected, expected.example, expected.first)
     if found is not None:
         raise CaptureError(f"{found}. Most likely Python control flow was frozen")

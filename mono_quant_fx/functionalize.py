@@ -15,7 +15,7 @@ from mono_quant_fx.calls import bodies, call_name
 from mono_quant_fx.effect_tables import RESHAPERS
 from mono_quant_fx.effects import is_pieces, is_view, writes
 from mono_quant_fx.lookups import renormalize_rows
-from mono_quant_fx.state import share_memory
+from mono_quant_fx.state import own_state, share_memory
 from mono_quant_fx.write_walk import Walk
 
 #: The key of gm.meta that holds the names of the inputs that the model writes.
@@ -23,7 +23,7 @@ WRITTEN_INPUTS = "mono_quant_fx_written_inputs"
 
 
 def functionalize(gm: fx.GraphModule) -> fx.GraphModule:
-    """Rewrites `gm` in place and returns it; gm.meta[WRITTEN_INPUTS] names the inputs that the model writes.
+    """Rewrites `gm`, gives it state of its own, and returns it; gm.meta[WRITTEN_INPUTS] names what inputs it wrote.
 
     Raises:
         CaptureError: a write of which the graph does not tell what else it changes.
@@ -39,6 +39,7 @@ def functionalize(gm: fx.GraphModule) -> fx.GraphModule:
     for each in (*walk.walked.values(), walk):
         _finish(each)
     graph.drop_unused(gm)
+    own_state(gm)
     return gm
 
 

@@ -82,7 +82,7 @@ def on_copies(node: fx.Node, targets: list[fx.Node], kept: list[fx.Node]) -> tup
         call = module_of(node)
     written = [i for i, n in enumerate(node.all_input_nodes) if n in kept]
     place = free_name(owner, f"{node.name}_on_copies")
-    graph.attach(owner, place, OnCopies(call, copied, written))  # type: ignore[arg-type]
+    graph.attach(owner, place, OnCopies(call, copied, written).eval())  # type: ignore[arg-type]
     with node.graph.inserting_before(node):
         called = _like(node.graph.call_module(place, node.args, node.kwargs), node)
         result = _like(node.graph.call_function(operator.getitem, (called, 0)), node)

@@ -7,6 +7,7 @@ import time
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch.overrides import TorchFunctionMode
 
 #: Seconds after which a line on a terminal tells what takes so long.
@@ -41,6 +42,8 @@ class Stopwatch(TorchFunctionMode):
         return time.thread_time() - self.worked
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.compiler.is_dynamo_compiling():  # a branch of torch.cond, in which there is no time
+            return func(*args, **(kwargs or {}))
         if self.budget is not None and self.spent > self.budget:
             raise OverBudgetError(f"{self.label} takes more than {self.budget:g} s")
         self._show()

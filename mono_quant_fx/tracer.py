@@ -13,6 +13,7 @@ from mono_quant_fx import graph
 from mono_quant_fx.functionalize import functionalize
 from mono_quant_fx.quant_tracer import QuantTracer
 from mono_quant_fx.randomness import NOT_TORCHS, Draws, FrozenRandomnessError, OtherDraws, own_generators
+from mono_quant_fx.rebinding import check_traced
 from mono_quant_fx.regions import open_regions
 from mono_quant_fx.tracing_lock import tracing
 from mono_quant_fx.twins import twin
@@ -49,6 +50,7 @@ def _traced(model: nn.Module, inputs: list[str] | None, positional: int | None, 
     model = twin(model)
     with draws:
         traced = QuantTracer(inputs, positional).trace(model)
+    check_traced(model, traced)
     gm = fx.GraphModule(model, traced)
     for target in graph.attribute_targets(gm):
         if not graph.is_persistent(model, target):  # torch.fx registers every buffer as a persistent one

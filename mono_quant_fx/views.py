@@ -106,5 +106,5 @@ def _through(step: fx.Node, before: fx.Node, value: fx.Node) -> fx.Node:
     elif step.target is getattr:
         call, rest = operator.attrgetter(str(step.args[1])), ()
     name = free_name(owner, f"write_through_{call_name(step) or step.name}")
-    graph.attach(owner, name, Through(call))
+    graph.attach(owner, name, Through(call).eval())
     return step.graph.call_module(name, (before, value, *rest), kwargs)

@@ -26,7 +26,6 @@ from mono_quant_fx.errors import CaptureError
 from mono_quant_fx.inner_graphs import Result, enter, take
 from mono_quant_fx.memory import Root, Thing
 from mono_quant_fx.out_of_place import counterpart, on_copies, value_instead
-from mono_quant_fx.pure_writes import set_item
 from mono_quant_fx.value_types import needs_cast, value_types
 
 
@@ -187,8 +186,8 @@ class Walk(Values):
             self.change(self.things[target], (values or {})[names[target]], is_certain)
         for target in kept if is_certain else ():
             self.change(self.things[target], None, is_certain)
-        given = [t for t in targets if t in sources and is_certain and node.target is not operator.setitem]
-        if len(given) == 1 and node.target is not set_item:
+        given = [t for t in targets if t in sources and is_certain]
+        if len(given) == 1:
             thing = self.things[given[0]]
             self.note(node, thing, is_current=given[0] in kept or thing.latest is node or not values_here)
         else:

@@ -54,7 +54,7 @@ LAYERS = [
     {"refine"},
     {"rounding"},
     {"table_html", "pass_html"},
-    {"calls", "effect_tables", "pure_writes", "untouched", "writable_proxy"},
+    {"calls", "effect_tables", "pure_writes", "untouched", "writable_proxy", "rebinding"},
     {"effects"},
     {"annotation", "weight_ops", "data", "state", "value_types", "views", "out_of_place", "lookups", "memory"},
     {"current_values"},
