@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, fx, nn
 from mono_quant_fx.data import Batch
 from mono_quant_fx.errors import FileFormatError
 from mono_quant_fx.graph import named_tensors
+from mono_quant_fx.own_names import plain_names, set_names
 
 KEY = "mono_quant_fx_capture"
 CLOSED = "mono_quant_fx_closed"
@@ -48,6 +50,7 @@ def get_record(gm: fx.GraphModule) -> CaptureRecord:
 def set_record(gm: fx.GraphModule, record: CaptureRecord) -> fx.GraphModule:
     """Puts it on a graph."""
     gm.meta[KEY] = record
+    set_names(gm, record.tied)
     return gm
 
 
@@ -63,9 +66,26 @@ def closed_because(gm: fx.GraphModule) -> str:
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:
-    """Each further name of a tensor -> its first."""
+    """Each further name of a tensor -> the one in the graph: its first, or a plain one where no graph can have that."""
     seen: dict[int, str] = {}
-    return {n: first for n, t in named_tensors(model) if (first := seen.setdefault(id(t), n)) != n}
+    plain = plain_names(all_names(model))
+    firsts = ((n, seen.setdefault(id(t), n)) for n, t in named_tensors(model))
+    return {n: plain.get(first, first) for n, first in firsts if plain.get(first, first) != n}
+
+
+def all_names(model: nn.Module) -> list[str]:
+    """The names of all modules, parameters and buffers."""
+    modules = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
+    return [*modules, *(name for name, _ in named_tensors(model))]
+
+
+def graph_names(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a model under each of its names, and under the one in a graph where that differs."""
+    plain = plain_names(all_names(model))
+    for name, tensor in named_tensors(model):
+        yield name, tensor
+        if name in plain:
+            yield plain[name], tensor
 
 
 def plain_batch(batch: Batch) -> Any:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from mono_quant_fx import graph
+from mono_quant_fx.capture_record import graph_names
 from mono_quant_fx.errors import PlanError
 from mono_quant_fx.saving import digest
 from mono_quant_fx.tensor_folder import TensorFolder, Tensors
@@ -82,17 +83,18 @@ def match(tensors: Tensors, gm: fx.GraphModule, model: nn.Module) -> Checkpoint:
     """
     aliases = _aliases(model)
     spelled = align(tensors.entries, [name for part in (model, gm) for name, _ in graph.named_tensors(part)])
+    own = {name for name, _ in graph.named_tensors(model)}
     names, values, faults, absent = dict[str, str](), dict[str, Tensor](), list[str](), list[str]()
     for name, tensor in graph.named_tensors(gm):
         found = [spelled[n] for n in aliases.get(name, [name]) if n in spelled]
-        value = tensor if not tensor.is_meta else _own_value(model, name)
+        value = tensor if not tensor.is_meta else _own_value(model, aliases.get(name, [name]))
         if found:
             names[name] = found[0]
             faults += _differing(tensors, found, tensor)
         elif value is not None:
             values[name] = value.detach()
         else:
-            absent.append(name)
+            absent.append(next((n for n in aliases.get(name, []) if n in own), name))
     if absent:
         raise PlanError(_missing(tensors, absent, model))
     if faults:
@@ -106,17 +108,18 @@ def match(tensors: Tensors, gm: fx.GraphModule, model: nn.Module) -> Checkpoint:
 def _aliases(model: nn.Module) -> dict[str, list[str]]:
     """Every name of a tensor -> all its names, itself first."""
     same = defaultdict(list)
-    for name, tensor in graph.named_tensors(model):
+    for name, tensor in graph_names(model):
         same[id(tensor)].append(name)
     return {name: sorted(group, key=lambda n: n != name) for group in same.values() for name in group}
 
 
-def _own_value(model: nn.Module, name: str) -> Tensor | None:
+def _own_value(model: nn.Module, names: list[str]) -> Tensor | None:
     """The model's own value where no checkpoint has to have it: that of a buffer outside the state_dict."""
     buffers = dict(model.named_buffers(remove_duplicate=False))
-    if name not in buffers or buffers[name].is_meta or graph.is_persistent(model, name):
+    own = next((name for name in names if name in buffers), None)
+    if own is None or buffers[own].is_meta or graph.is_persistent(model, own):
         return None
-    return buffers[name]
+    return buffers[own]
 
 
 def _differing(tensors: Tensors, found: list[str], tensor: Tensor) -> Iterator[str]:

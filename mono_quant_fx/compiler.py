@@ -21,6 +21,7 @@ from mono_quant_fx.data import Prepare
 from mono_quant_fx.errors import ConfigError, PreconditionError
 from mono_quant_fx.findings import AccuracyWarning, check_accuracy_warnings
 from mono_quant_fx.held_out import Split, split
+from mono_quant_fx.own_names import own_name
 from mono_quant_fx.pass_base import Callback, Pass, Pipeline
 from mono_quant_fx.passes import (
     ActivationLowering,
@@ -200,7 +201,8 @@ def info_of(
     quantized, skipped = {}, {}
     for _, annotation in annotated(out):
         name = annotation.users[0].module if len(annotation.users) == 1 else ""
-        name = name if annotation.weight.rpartition(".")[0] == name and name else annotation.weight
+        own = own_name(out, annotation.weight)
+        name = name if own.rpartition(".")[0] == name and name else own
         if annotation.lowered:
             quantized[name] = str(annotation.scheme)
         else:

@@ -16,6 +16,7 @@ from mono_quant_fx.annotation import ObservedInput, QuantAnnotation, annotated, 
 from mono_quant_fx.code_summary import CodeSummary, summarize
 from mono_quant_fx.errors import ConfigError, PreconditionError, UnknownNameError
 from mono_quant_fx.explanation import Chapter, Explanation
+from mono_quant_fx.own_names import own_name
 from mono_quant_fx.provenance import Step, history
 from mono_quant_fx.result import QuantizationResult
 from mono_quant_fx.table import AccuracyTable
@@ -90,10 +91,11 @@ class _Book:
             yield from map(self._node, exact or nodes)
 
     def _is_about(self, node: fx.Node, annotation: QuantAnnotation, name: str) -> bool:
-        if name in (node.name, annotation.weight, *_stored_names(annotation)):
+        weights = (annotation.weight, own_name(self.gm, annotation.weight))
+        if name in (node.name, *weights, *_stored_names(annotation)):
             return True
         users = annotation.users
-        owners = (annotation.weight.rpartition(".")[0], *(user.module for user in users))
+        owners = (*(weight.rpartition(".")[0] for weight in weights), *(user.module for user in users))
         return any(owner == name or owner.startswith(f"{name}.") for owner in owners if name) or name in [
             user.node for user in users
         ]
@@ -101,7 +103,7 @@ class _Book:
     def _unknown(self, name: object) -> str:
         known = {
             *self.nodes,
-            *(a.weight for _, a in self.weights),
+            *(own_name(self.gm, a.weight) for _, a in self.weights),
             *(p for paths in self.paths.values() for p in paths),
         }
         known |= {target for node in self.gm.graph.nodes if (target := _target(node))}
@@ -112,6 +114,7 @@ class _Book:
     def _weight(self, node: fx.Node, annotation: QuantAnnotation) -> Chapter:
         users = [self.nodes[user.node] for user in annotation.users if user.node in self.nodes]
         codes = summarize(self.gm, annotation) if annotation.lowered else None
+        own = own_name(self.gm, annotation.weight)
         facts = [
             *(("op", f"{user.op} {user.node}{_in(user.module)}") for user in annotation.users),
             *_where(users or [node]),
@@ -122,11 +125,11 @@ class _Book:
             *self._storage(annotation),
             *_figures(codes),
             *_computed(annotation, users),
-            *(f for row in self.rows if row.weight == annotation.weight for f in _accuracy(row, self.measured_on)),
+            *(f for row in self.rows if row.weight == own for f in _accuracy(row, self.measured_on)),
         ]
-        own = () if annotation.merged is None else self._before_merging(annotation)
-        steps = dict.fromkeys((*own, *(step for n in (node, *users) for step in history(n))))
-        return Chapter(annotation.weight, tuple(facts), tuple(steps), codes)
+        before = () if annotation.merged is None else self._before_merging(annotation)
+        steps = dict.fromkeys((*before, *(step for n in (node, *users) for step in history(n))))
+        return Chapter(own, tuple(facts), tuple(steps), codes)
 
     def _before_merging(self, annotation: QuantAnnotation) -> Iterator[Step]:
         """The steps of a weight that is now some rows of a larger one, picked out of the history of that one."""

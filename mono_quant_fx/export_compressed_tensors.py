@@ -18,6 +18,7 @@ from mono_quant_fx.compressed_tensors_config import Layer, quantization_config
 from mono_quant_fx.errors import CheckpointError, PreconditionError
 from mono_quant_fx.foreign_packing import pack_zero_points
 from mono_quant_fx.merging import LinearCall
+from mono_quant_fx.own_names import own_name
 from mono_quant_fx.result import QuantizationResult
 from mono_quant_fx.surroundings import in_plain_surroundings
 from mono_quant_fx.weight_ops import matrix_shape
@@ -57,7 +58,7 @@ def export_compressed_tensors(
         raise PreconditionError("export_compressed_tensors: a QuantizationResult, or its graph_module, is needed")
     nodes = {n.name: n for n in gm.graph.nodes}
     _check_inputs(gm)
-    layers = [_layer(nodes, annotation) for _, annotation in annotated(gm) if annotation.lowered]
+    layers = [_layer(gm, nodes, annotation) for _, annotation in annotated(gm) if annotation.lowered]
     tensors = _tensors(gm, nodes)
     path = Path(folder) / CONFIG
     config = read_json(path) if path.is_file() else {}
@@ -65,13 +66,13 @@ def export_compressed_tensors(
     write_checkpoint(folder, tensors, config, shard_bytes)
 
 
-def _layer(nodes: dict[str, fx.Node], annotation: QuantAnnotation) -> Layer:
+def _layer(gm: fx.GraphModule, nodes: dict[str, fx.Node], annotation: QuantAnnotation) -> Layer:
     """The module of a lowered weight.
 
     Raises:
         CheckpointError: the format has no form for it.
     """
-    weight, scheme = annotation.weight, annotation.scheme
+    weight, scheme = own_name(gm, annotation.weight), annotation.scheme
     module, _, name = weight.rpartition(".")
     assert scheme is not None
     if name != "weight" or not module:
@@ -153,7 +154,7 @@ def _tensors(gm: fx.GraphModule, nodes: dict[str, fx.Node]) -> dict[str, Tensor]
     once: dict[tuple[Any, ...], str] = {}
     for name, tensor in found.items():  # what several names share is stored under the first, as Hugging Face does
         once.setdefault(_memory(tensor) or (name,), name)
-    return {name: found[name] for name in sorted(once.values())}
+    return dict(sorted((own_name(gm, name), found[name]) for name in once.values()))
 
 
 def _memory(tensor: Tensor) -> tuple[Any, ...] | None:

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
+from mono_quant_fx.capture_record import all_names
 from mono_quant_fx.data import Batch
 from mono_quant_fx.errors import CaptureError
 from mono_quant_fx.graph import attach, is_persistent, named_tensors
+from mono_quant_fx.own_names import plain_names
 from mono_quant_fx.randomness import nothing_else_drawn
 from mono_quant_fx.regions import open_regions
 from mono_quant_fx.stopwatch import Stopwatch
@@ -41,13 +43,28 @@ def export(
     label = {"all": "every size dynamic", "batch": "a dynamic batch"}.get(dynamic, "the example's sizes")
     with Stopwatch(f"capture: torch.export with {label}", budget), exporting(), nothing_else_drawn():
         program = torch.export.export(model, batch.args, batch.kwargs, dynamic_shapes=shapes, strict=False)
+        plain = _with_plain_names(program, all_names(model))
         gm = program.module()
-        for name, tensor in frozen.items():
+        for own, tensor in frozen.items():
+            name = plain.get(own, own)
             attach(gm, name, tensor, is_persistent(gm, name))
         open_regions(gm)
         gm = normalize(gm)
         follow_inputs(gm)
         return gm, _fixed_sizes(program) if dynamic_shapes is None and dynamic == "all" else []
+
+
+def _with_plain_names(program: torch.export.ExportedProgram, names: list[str]) -> dict[str, str]:
+    """Gives the tensors of a program names that its module can have; see own_names.py."""
+    plain = plain_names([*names, *program.state_dict, *program.constants])
+    for spec in (*program.graph_signature.input_specs, *program.graph_signature.output_specs):
+        if spec.target is not None:
+            spec.target = plain.get(spec.target, spec.target)
+    for held in (program.state_dict, program.constants):
+        renamed = {plain.get(name, name): value for name, value in held.items()}
+        held.clear()
+        held.update(renamed)
+    return plain
 
 
 def _thaw(model: nn.Module) -> dict[str, Tensor]:

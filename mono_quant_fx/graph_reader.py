@@ -13,12 +13,13 @@ from mono_quant_fx import graph
 from mono_quant_fx.annotation import QuantAnnotation, set_annotation
 from mono_quant_fx.call_checks import check_call, check_method
 from mono_quant_fx.errors import GraphFormatError
-from mono_quant_fx.graph_names import RESERVED, above, check_path, is_name
+from mono_quant_fx.graph_names import RESERVED, above, check_path
 from mono_quant_fx.graph_ops import function_of
 from mono_quant_fx.graph_writer import FORMAT, VERSION
 from mono_quant_fx.guards import GuardsFn
 from mono_quant_fx.json_values import fields, items, need, record_from_json, show, value_from_json, within
 from mono_quant_fx.leaf_modules import leaf_from_json
+from mono_quant_fx.own_names import is_name
 from mono_quant_fx.provenance import Step
 from mono_quant_fx.tensor_table import TensorTable
 from mono_quant_fx.tree_json import tree_from_json

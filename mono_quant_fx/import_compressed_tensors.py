@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from mono_quant_fx import graph
 from mono_quant_fx.annotation import ObservedInput, QuantAnnotation, annotated, plain_inputs, set_annotation
 from mono_quant_fx.capture import capture
+from mono_quant_fx.capture_record import graph_names
 from mono_quant_fx.checkpoint_files import Checkpoint
 from mono_quant_fx.config import QuantConfig, QuantScheme
 from mono_quant_fx.data import to_batch
@@ -93,7 +94,7 @@ class _Names:
 
     @classmethod
     def of(cls, model: nn.Module) -> _Names:
-        tensors = dict(graph.named_tensors(model))
+        tensors = dict(graph_names(model))
         real = (t.device for t in tensors.values() if not t.is_meta)
         kinds = {name: tuple(kind.__name__ for kind in type(part).__mro__) for name, part in model.named_modules()}
         return cls(tensors, next(real, torch.device("cpu")), kinds)

@@ -10,7 +10,9 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from mono_quant_fx import graph
+from mono_quant_fx.capture_record import all_names
 from mono_quant_fx.functionalize import functionalize
+from mono_quant_fx.own_names import plain_names
 from mono_quant_fx.quant_tracer import QuantTracer
 from mono_quant_fx.randomness import NOT_TORCHS, Draws, FrozenRandomnessError, OtherDraws, own_generators
 from mono_quant_fx.rebinding import check_traced
@@ -51,11 +53,28 @@ def _traced(model: nn.Module, inputs: list[str] | None, positional: int | None, 
     with draws:
         traced = QuantTracer(inputs, positional).trace(model)
     check_traced(model, traced)
-    gm = fx.GraphModule(model, traced)
+    home = _with_plain_names(model, traced)
+    gm = fx.GraphModule(home, traced)
     for target in graph.attribute_targets(gm):
-        if not graph.is_persistent(model, target):  # torch.fx registers every buffer as a persistent one
+        if not graph.is_persistent(home, target):  # torch.fx registers every buffer as a persistent one
             graph.attach(gm, target, graph.get_attribute(gm, target), persistent=False)
     return gm
+
+
+def _with_plain_names(model: nn.Module, traced: fx.Graph) -> nn.Module:
+    """The model, or what the graph reads of it under other names where torch.fx cannot write the model's own."""
+    targets = dict.fromkeys(str(n.target) for n in traced.nodes if n.op in ("get_attr", "call_module"))
+    plain = plain_names([*all_names(model), *targets])
+    if not any(target in plain for target in targets):
+        return model
+    home = nn.Module()
+    for target in targets:
+        value = graph.get_attribute(model, target)
+        graph.attach(home, plain.get(target, target), value, graph.is_persistent(model, target))
+    for node in traced.nodes:
+        if node.op in ("get_attr", "call_module"):
+            node.target = plain.get(node.target, node.target)
+    return home
 
 
 def _same_constants(a: fx.GraphModule, b: fx.GraphModule) -> bool:

@@ -12,6 +12,7 @@ from mono_quant_fx.annotation import ObservedInput, QuantAnnotation, stored_weig
 from mono_quant_fx.errors import PreconditionError
 from mono_quant_fx.metrics import ErrorSum
 from mono_quant_fx.normal_weights import normal_sqnr_db
+from mono_quant_fx.own_names import own_name
 from mono_quant_fx.table_row import AccuracyRow
 from mono_quant_fx.weight_ops import matrix_shape, to_matrix
 
@@ -28,7 +29,7 @@ def rows_of(annotation: QuantAnnotation, weight: WeightFigures) -> list[Accuracy
         if seen is not None and seen.reason:
             reason = "; ".join(filter(None, (reason, f"observer {seen.observer}: {seen.reason}")))
         row = AccuracyRow(
-            user.node, user.op, user.module, annotation.weight, weight.scheme, reason, annotation.shape,
+            user.node, user.op, user.module, weight.name or annotation.weight, weight.scheme, reason, annotation.shape,
             0 if i else weight.before, 0 if i else weight.after, weight.sqnr_db,
             activations=annotation.activations if seen is not None and seen.scale is not None else "",
             observer=seen.observer if seen else "", input_range=_range(seen), algorithm=annotation.algorithm,
@@ -54,12 +55,16 @@ def _range(seen: ObservedInput | None) -> tuple[float, float] | None:
 
 @dataclass(frozen=True)
 class WeightFigures:
-    """A weight's scheme in words, its bytes before and after, and the SQNR of what is stored (None: as it was)."""
+    """A weight's scheme in words, its bytes before and after, the SQNR of what is stored (None: as it was), its name.
+
+    The name is the user's own (see own_names.py).
+    """
 
     scheme: str
     before: int
     after: int
     sqnr_db: float | None
+    name: str = ""
 
     @classmethod
     def read(
@@ -76,7 +81,7 @@ class WeightFigures:
             tensors = [value] if isinstance(value, Tensor) else list(value.parameters())
             size = sum(t.nbytes for t in tensors)
             planned = f" ({annotation.scheme} planned)" if annotation.scheme else ""
-            return cls(annotation.dtype + planned, size, size, None)
+            return cls(annotation.dtype + planned, size, size, None, own_name(quantized, annotation.weight))
         try:
             weight = graph.get_attribute(reference, annotation.weight)
         except AttributeError as e:
@@ -87,7 +92,7 @@ class WeightFigures:
         stored = stored_weight(quantized, annotation)
         size = sum(t.nbytes for t in stored if t is not None)
         measured = weight_sqnr_db(weight, stored, annotation) if sqnr_db is None else sqnr_db[annotation.weight]
-        return cls(str(annotation.scheme), weight.nbytes, size, measured)
+        return cls(str(annotation.scheme), weight.nbytes, size, measured, own_name(quantized, annotation.weight))
 
 
 def weight_sqnr_db(weight: Tensor, stored: numerics.QuantizedWeight, annotation: QuantAnnotation) -> float | None:

@@ -15,6 +15,7 @@ from mono_quant_fx.effects import may_write
 from mono_quant_fx.graph import get_attribute, get_tensor, module_path, module_stack, op_name
 from mono_quant_fx.norm_patterns import is_elementwise, is_vector, norm_kind
 from mono_quant_fx.ops.registry import is_ours
+from mono_quant_fx.own_names import own_name
 from mono_quant_fx.permutations import Axes, composed, permutation
 from mono_quant_fx.weight_table import GENERAL_CONVS, WeightOp, rows_for, unpermuted
 
@@ -49,12 +50,17 @@ class Weight:
 
     def module_of(self, use: WeightUse) -> str:
         """The module to name in a table: the one that owns the weight if it made the use, else the one that did."""
-        return module_path(use.node) or self.name.rpartition(".")[0]
+        return module_path(use.node) or self.own_name.rpartition(".")[0]
+
+    @property
+    def own_name(self) -> str:
+        """The user's own name of it, where the graph cannot have that."""
+        return own_name(self.node.graph.owning_module, self.name)
 
     def names_of(self, use: WeightUse) -> tuple[str, ...]:
         """Every name that a pattern may call this use by."""
-        owner = self.name.rpartition(".")[0]
-        return tuple(dict.fromkeys(n for n in (self.module_of(use), owner, self.name) if n))
+        owners = [name.rpartition(".")[0] for name in (self.own_name, self.name)]
+        return tuple(dict.fromkeys(n for n in (self.module_of(use), *owners, self.own_name, self.name) if n))
 
     def types_of(self, use: WeightUse) -> set[str]:
         """The class names around this use, and the layer type that its op stands for."""

@@ -31,7 +31,7 @@ LAYERS = [
         "file_kinds",
         "wrapped_names",
     },
-    {"belongings", "checks", "randomness", "records", "tensor_header", "workers"},
+    {"belongings", "checks", "own_names", "randomness", "records", "tensor_header", "workers"},
     {"folder_paths"},
     {"checkpoint_files"},
     {"tensor_writer"},
