@@ -105,7 +105,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> Quanti
     """
     file = open_tensors(path)
     header = read_header(file)
-    _refuse(file, table_faults(header.plan, header.table))
+    _refuse(file, table_faults(header.plan, header.table, header.capture.tied))
     if model is None:
         gm = own_graph(file, header)
         _refuse(file, graph_faults(header.plan, gm))

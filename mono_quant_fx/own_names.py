@@ -79,10 +79,15 @@ def _plain(part: str, at_root: bool) -> str:
 
 def set_names(gm: fx.GraphModule, tied: Mapping[str, str]) -> None:
     """Notes the user's own names, which are among the further names of tensors that a capture records."""
-    plain = plain_names(tied)
-    names = {new: own for own, new in tied.items() if own in plain and _stands_for(new, own)}
+    names = replaced(tied)
     if names:
         gm.meta[NAMES] = names
+
+
+def replaced(tied: Mapping[str, str]) -> dict[str, str]:
+    """Name in the graph -> the user's own, for those that differ, from the further names that a capture records."""
+    plain = plain_names(tied)
+    return {new: own for own, new in tied.items() if own in plain and _stands_for(new, own)}
 
 
 def _stands_for(new: str, own: str) -> bool:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import fx
 
 from mono_quant_fx.annotation import QuantAnnotation, annotated
 from mono_quant_fx.ops.registry import is_ours
+from mono_quant_fx.own_names import replaced
 from mono_quant_fx.table import AccuracyTable
 from mono_quant_fx.tensor_header import shown
 
@@ -17,11 +18,19 @@ _MEANING = ("scheme", "layout", "groups", "shape", "dtype", "activations", "merg
 _QPARAMS = ("weight_scale", "weight_zero_point")
 
 
-def table_faults(plan: Sequence[QuantAnnotation], table: AccuracyTable) -> Iterator[tuple[str, str]]:
-    """(weight, what is wrong) where the table shows another scheme than the plan has."""
-    schemes = {entry.weight: str(entry.scheme) for entry in plan if entry.lowered and entry.scheme}
+def table_faults(
+    plan: Sequence[QuantAnnotation], table: AccuracyTable, tied: Mapping[str, str]
+) -> Iterator[tuple[str, str]]:
+    """(weight, what is wrong) where the table shows another scheme than the plan has.
+
+    Args:
+        tied: as a CaptureRecord has it; the table's names are the user's own (see own_names.py).
+    """
+    own = replaced(tied)
+    named = [(own.get(entry.weight, entry.weight), entry) for entry in plan]
+    schemes = {name: str(entry.scheme) for name, entry in named if entry.lowered and entry.scheme}
     rows = {row.weight for row in table.rows}
-    left = {entry.weight for entry in plan if not entry.lowered}
+    left = {name for name, entry in named if not entry.lowered}
     for weight, scheme in schemes.items():
         if weight not in rows:
             yield weight, f"is {shown(scheme)} in the plan and has no row in the table"

@@ -58,7 +58,7 @@ def verify_file(file: TensorFile) -> Findings:
     for entry in header.plan:
         found.problems += _check_weight(file, header, entry, owned)
     found.problems += _check_names(file, header, owned)
-    found.problems += [Problem(*fault) for fault in table_faults(header.plan, header.table)]
+    found.problems += [Problem(*fault) for fault in table_faults(header.plan, header.table, header.capture.tied)]
     found.problems += _check_digests(file)
     first = {(p.where, p.what.partition(";")[0]): p for p in reversed(found.problems)}  # missing twice is missing once
     found.problems = [p for p in found.problems if first[p.where, p.what.partition(";")[0]] is p]
