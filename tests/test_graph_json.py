@@ -188,17 +188,19 @@ def test_a_module_is_its_class_and_arguments(name):
 
 
 def test_the_blocks_of_an_export_come_back_as_graphs_and_guards():
-    class NoGrad(nn.Module):
+    class Autocast(nn.Module):
         def __init__(self):
             super().__init__()
             self.fc = nn.Linear(32, 32)
 
         def forward(self, x):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                y = self.fc(x)
             with torch.no_grad():
-                y = x.cos() + torch.arange(32, device=x.device, dtype=torch.float32)
-            return self.fc(x) * y
+                z = x.cos() + torch.arange(32, device=x.device, dtype=torch.float32)
+            return y.float() * z
 
-    gm = mq.capture(NoGrad().eval(), x(2, 32), method="export")
+    gm = mq.capture(Autocast().eval(), x(2, 32), method="export")
     assert any(isinstance(m, fx.GraphModule) for n, m in gm.named_modules() if n)
     back = round_trip(gm, x(5, 32))
     with pytest.raises(AssertionError, match="Guard failed"):
