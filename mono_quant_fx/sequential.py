@@ -8,6 +8,7 @@ inputs of all its uses: those up to its last use are computed ahead, in float, o
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -75,7 +76,7 @@ class SequentialWalk:
         users = {user.node for user in annotation.users} & self.names
         total, remaining, missing = Hessian(), set(users), ""
         ahead = self.carry.fork() if len(users) > 1 else self.carry
-        for node in self.nodes[at:]:
+        for node in itertools.islice(self.nodes, at, None):
             if node.name in users:
                 remaining.discard(node.name)
                 missing = self._observe(node, weight, annotation, ahead, total) or missing

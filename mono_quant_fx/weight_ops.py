@@ -78,7 +78,8 @@ def find_weights(gm: fx.GraphModule) -> list[Weight]:
         is_number = tensor is not None and (tensor.is_floating_point() or tensor.is_complex())
         if tensor is None or not is_number or any(is_ours(u.target) for u in node.users):
             continue
-        uses = tuple(sorted(_uses(node, tensor, tuple(range(tensor.dim()))), key=lambda use: use.node))
+        found = sorted(_uses(node, tensor, tuple(range(tensor.dim()))), key=lambda use: use.node)
+        uses = tuple(found) if any(use.layer_type != BIAS for use in found) else ()
         if uses and (isinstance(tensor, nn.Parameter) or any(use.layout for use in uses)):
             complex_ = f"its values are {str(tensor.dtype)[6:]}, and codes stand for real numbers"
             uses = tuple(replace(use, layout=None, reason=complex_) for use in uses) if tensor.is_complex() else uses
@@ -134,20 +135,22 @@ def _uses(node: fx.Node, tensor: Tensor, axes: Axes) -> Iterator[WeightUse]:
         if then is not None:
             yield from _uses(user, tensor, composed(axes, then))
         elif user.op != "output" and not is_assertion(user):
-            use = _classify(user, node, tensor, axes)
-            if use is not None:
-                yield use
+            yield _classify(user, node, tensor, axes)
 
 
-def _classify(user: fx.Node, weight: fx.Node, tensor: Tensor, axes: Axes) -> WeightUse | None:
-    """How `user` consumes `weight`; None when only as a bias."""
+#: The layer type of a use that only adds the constant.
+BIAS = "bias"
+
+
+def _classify(user: fx.Node, weight: fx.Node, tensor: Tensor, axes: Axes) -> WeightUse:
+    """How `user` consumes `weight`."""
     name, rows = op_name(user), rows_for(user)
     row = next((row for row in rows if argument(user, row.weight) is weight), None)
     if row is not None:
         use = _rule(user, row, tensor, axes)
         return replace(use, layout=None, reason=f"{name} writes in place here") if may_write(user) else use
     if any(row.bias and argument(user, row.bias) is weight for row in rows) or (rows and rows[0].layout is None):
-        return None
+        return WeightUse(user, BIAS, None, f"{name} reads it as its bias")
     if inside(user):
         return WeightUse(user, name, None, inside(user))
     kind = norm_kind(user, weight) if is_vector(tensor.shape) else ""

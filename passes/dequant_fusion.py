@@ -79,7 +79,11 @@ def _fusion(node: fx.Node, compute: str) -> _Fusion | None:
         weight = argument(node, row.weight)
         source = unpermuted(weight)
         if isinstance(source, fx.Node) and row.inputs == "last" and node.target in LINEARS:
-            if source.target in _DEQUANTIZE and _is_transposed(weight) is (row.layout == "columns"):
+            if (
+                source.target in _DEQUANTIZE
+                and not source.kwargs
+                and _is_transposed(weight) is (row.layout == "columns")
+            ):
                 return _linear(node, row, source, compute)
         elif isinstance(weight, fx.Node) and row.inputs == "patches" and row.layout == "rows":
             return _conv(node, row, weight)

@@ -51,7 +51,7 @@ class Own(nn.Module):
 
 
 def own(model, x, **fields):
-    return mq.quantize(mq.capture(model.eval(), x), calibration_data=[x], **{**ALL, **fields})
+    return mq.quantize(mq.capture(model.eval(), x), calibration_data=[x], evaluation_data=[x], **{**ALL, **fields})
 
 
 @settings(max_examples=12, derandomize=True, deadline=None)

@@ -143,7 +143,7 @@ def test_the_residual_of_addmm_stays_float(method, algorithm):
     with torch.no_grad():
         model.w.mul_(1e-3)  # the residual is nearly all of the output
     gm = mq.capture(model, x, method=method)
-    result = mq.quantize(gm, calibration_data=[x], activations="int8", algorithm=algorithm, **ALL)
+    result = mq.quantize(gm, calibration_data=[x], evaluation_data=[x], activations="int8", algorithm=algorithm, **ALL)
     assert mq.sqnr_db(model(x), result.graph_module(x)) > 60
     (call,) = [n for n in result.graph_module.graph.nodes if "addmm" in str(n.target)]
     residual, factor, _ = call.args
@@ -153,7 +153,9 @@ def test_the_residual_of_addmm_stays_float(method, algorithm):
 def test_a_bias_that_is_the_input_stays_float():
     """The same of a linear whose bias is the vector it multiplies."""
     model, x = Use(lambda w, x: F.linear(x, w, x), 32, 32).eval(), torch.randn(32)
-    result = mq.quantize(mq.capture(model, x), calibration_data=[x], activations="int8", algorithm="rtn", **ALL)
+    result = mq.quantize(
+        mq.capture(model, x), calibration_data=[x], evaluation_data=[x], activations="int8", algorithm="rtn", **ALL
+    )
     (call,) = [n for n in result.graph_module.graph.nodes if n.target is ops.w4a8_linear]
     assert call.args[6].op == "placeholder"
 
@@ -173,7 +175,8 @@ def measured_gain(model, x, method="symbolic", **fields):
     fields = {**ALL, **fields}
     with torch.no_grad():
         exact = gm(x).double()
-        results = [mq.quantize(gm, calibration_data=[x], algorithm=a, **fields) for a in ("gptq", "rtn")]
+        data = {"calibration_data": [x], "evaluation_data": [x]}
+        results = [mq.quantize(gm, **data, algorithm=a, **fields) for a in ("gptq", "rtn")]
         errors = [(r.graph_module(x).double() - exact).square().sum() for r in results]
     (row,) = [row for row in results[0].accuracy.rows if row.scheme.startswith("int4")]
     assert row.algorithm == "gptq", row.reason
@@ -241,3 +244,12 @@ def test_the_gain_of_a_convolution_is_what_one_measures(window):
     x = torch.randn(*([2] if window["batch"] else []), channels, *(9, 8, 7)[:dims])
     claimed, measured = measured_gain(model, x, window["method"])
     assert claimed == pytest.approx(measured, abs=SAME_DB)
+
+
+def test_a_weight_that_is_a_bias_as_well_is_left_alone_with_a_reason():
+    """A bias that another op multiplies: the op that adds it got the rounded one."""
+    model = Use(lambda w, x: torch.addmm(w, x, x.t()) + F.linear(x, w), 32, 32)
+    ((*uses,),) = [w.uses for w in find_weights(mq.capture(model.eval(), torch.randn(32, 32)))]
+    assert [use.reason.endswith("addmm reads it as its bias") for use in uses] == [True, False]
+    with pytest.raises(mq.NothingQuantizedError, match="reads it as its bias"):
+        quantized(model, torch.randn(32, 32))

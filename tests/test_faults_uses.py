@@ -30,7 +30,7 @@ SETTINGS = (
 
 def quantized(gm, x, calibration=False, **fields):
     data = [x] if calibration else None
-    return mq.quantize(gm, calibration_data=data, **{**ALL, **fields})
+    return mq.quantize(gm, calibration_data=data, evaluation_data=data, **{**ALL, **fields})
 
 
 def db(gm, result, x):
