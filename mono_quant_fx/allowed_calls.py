@@ -58,6 +58,7 @@ FUNCTIONS = {
     ),
     "torch.linalg": ("cross matrix_norm multi_dot norm vecdot vector_norm"),
     "torch.special": ("digamma entr erf erfc erfinv expit expm1 log1p log_softmax logit logsumexp softmax"),
+    "pure_writes": "set_item set_piece",
     "operator": (
         "abs add and_ concat contains eq floordiv ge getitem gt iadd iand ifloordiv ilshift imatmul imod imul index "
         "inv invert ior ipow irshift isub itruediv ixor le lshift lt matmul mod mul ne neg not_ or_ pos pow rshift "

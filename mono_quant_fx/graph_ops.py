@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch._ops import OpOverload, OpOverloadPacket
 
-from mono_quant_fx import allowed_calls
+from mono_quant_fx import allowed_calls, pure_writes
 from mono_quant_fx.allowed_aten import ATEN, ATEN_OVERLOADS_REFUSED
 from mono_quant_fx.errors import GraphFormatError
 from mono_quant_fx.json_values import show
@@ -26,6 +26,7 @@ _HOMES = MappingProxyType(
         "torch.fft": torch.fft,
         "torch.linalg": torch.linalg,
         "torch.special": torch.special,
+        "pure_writes": pure_writes,
         "operator": operator,
         "math": math,
         "builtins": builtins,

@@ -16,6 +16,8 @@ from mono_quant_fx.calls import place_of
 
 aten = torch.ops.aten
 _BAGS = (F.embedding_bag, aten.embedding_bag.default, aten.embedding_bag.padding_idx)
+#: What torch adds to a row's length before it divides by it.
+_ADD, _EPSILON = aten.add.Scalar, 1e-7
 _ROWS = (F.embedding, aten.embedding.default)
 
 
@@ -70,22 +72,18 @@ def _shorten(gm: fx.GraphModule, lookup: fx.Node, weight: fx.Node, maximum: Any,
     if at is not None:
         lookup.args = tuple(None if i == at else a for i, a in enumerate(lookup.args))
         lookup.kwargs = {k: v for k, v in lookup.kwargs.items() if k != "max_norm"}
-    tensor = graph.get_tensor(gm, weight)
-    assert tensor is not None
-    if lookup.target in _BAGS:
-        with gm.graph.inserting_before(lookup):
-            short = gm.graph.call_function(aten.renorm.default, (weight, kind, 0, maximum))
+    rows = weight if lookup.target in _BAGS else lookup
+    before = lookup if rows is weight else lookup.next
+    with gm.graph.inserting_before(before):
+        length = gm.graph.call_function(aten.linalg_vector_norm.default, (rows, kind, [-1], True))
+        inverse = gm.graph.call_function(aten.reciprocal.default, (gm.graph.call_function(_ADD, (length, _EPSILON)),))
+        factor = gm.graph.call_function(
+            aten.clamp_max.default, (gm.graph.call_function(aten.mul.Scalar, (inverse, maximum)), 1.0)
+        )
+        short = gm.graph.call_function(aten.mul.Tensor, (rows, factor))
+    if rows is weight:
         lookup.replace_input_with(weight, short)
-        new = [short]
     else:
-        with gm.graph.inserting_after(lookup):
-            rows = gm.graph.call_function(aten.reshape.default, (lookup, [-1, tensor.shape[1]]))
-        with gm.graph.inserting_after(rows):
-            short = gm.graph.call_function(aten.renorm.default, (rows, kind, 0, maximum))
-        with gm.graph.inserting_after(short):
-            back = gm.graph.call_function(aten.reshape_as.default, (short, lookup))
-        lookup.replace_all_uses_with(back, lambda user: user not in (rows, back))
-        new = [rows, short, back]
-        back.meta = dict(lookup.meta)
-    for node in new[:2]:
-        node.meta = {k: v for k, v in lookup.meta.items() if k != "val"}
+        lookup.replace_all_uses_with(short, lambda user: user not in (length, short))
+    for node in (length, length.next, inverse, inverse.next, factor, short):
+        node.meta = {k: v for k, v in lookup.meta.items() if k != "val" or (node is short and rows is lookup)}

@@ -278,3 +278,30 @@ def test_captured_again_a_graph_is_functional_too(method):
     gm = mq.capture(model, x, method=method)
     again = capture_again(Model().eval(), get_record(gm))
     assert mq.format_graph(again) == mq.format_graph(gm)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_functional_graph_can_be_stored(method, tmp_path):
+    class Model(Base):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("cache", torch.zeros(4, 32))
+            self.register_buffer("k", self.cache[0])
+            self.e = nn.Embedding(8, 32, max_norm=0.5)
+
+        def forward(self, x):
+            h = self.a(x)
+            h[:, :8].relu_()
+            h.split(16, 1)[0].mul_(2)
+            h.unbind(0)[1].zero_()
+            h.diagonal().add_(1)
+            h += x
+            self.cache.copy_(h)
+            return self.b(h) + self.k.sum() + self.e(torch.zeros(1, dtype=torch.long))
+
+    model, x = Model().eval().requires_grad_(False), torch.randn(4, 32)
+    with torch.no_grad():
+        gm = mq.capture(model, x, method=method)
+        mq.save(quantized(gm), tmp_path / "model.safetensors", graph=True)
+        loaded = mq.load(tmp_path / "model.safetensors").graph_module
+        torch.testing.assert_close(loaded(x), quantized(gm).graph_module(x))
