@@ -33,9 +33,9 @@ FUNCTIONS = {
         "concatenate conj constant_pad_nd conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d "
         "copysign cos cosh cosine_similarity count_nonzero cross cummax cummin cumprod cumsum deg2rad detach diag "
         "diag_embed diagflat diagonal diagonal_scatter diff digamma dist div divide dot dropout dsplit dstack "
-        "einsum embedding eq equal erf erfc erfinv exp exp2 expm1 eye flatten flip fliplr flipud float_power floor "
-        "floor_divide fmax fmin fmod frac frexp full full_like gather gcd ge greater greater_equal group_norm gt "
-        "hamming_window hann_window hardshrink heaviside histc hsplit hstack hypot imag index_add index_copy "
+        "einsum embedding eq equal erf erfc erfinv exp exp2 expm1 eye fill flatten flip fliplr flipud float_power "
+        "floor floor_divide fmax fmin fmod frac frexp full full_like gather gcd ge greater greater_equal group_norm "
+        "gt hamming_window hann_window hardshrink heaviside histc hsplit hstack hypot imag index_add index_copy "
         "index_fill index_put index_select inner instance_norm is_complex is_floating_point is_nonzero is_tensor "
         "isclose isfinite isin isinf isnan isneginf isposinf isreal kron kthvalue layer_norm ldexp le lerp less "
         "less_equal lgamma linspace log log10 log1p log2 log_softmax logaddexp logaddexp2 logcumsumexp logical_and "
@@ -68,6 +68,7 @@ FUNCTIONS = {
         "acos acosh asin asinh atan atan2 atanh ceil copysign cos cosh degrees erf exp expm1 fabs floor fmod gcd "
         "hypot isfinite isinf isnan isqrt ldexp log log10 log1p log2 pow prod radians sin sinh sqrt tan tanh trunc"
     ),
+    "mono_quant_fx.pure_writes": "set_item set_piece",
     "builtins": ("abs bool float getattr int len max min round"),
 }
 

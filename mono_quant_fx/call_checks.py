@@ -38,7 +38,7 @@ def check_call(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> No
         GraphFormatError: getattr of anything but a known attribute of a node; an operator of Python with too few or too
             many arguments; an output that is passed in; a number where torch expects a type, a layout or a choice.
     """
-    if "out" in kwargs:
+    if kwargs.get("out") is not None:
         raise GraphFormatError(f"its argument out is {show(kwargs['out'])}; a stored graph may not write into one")
     if target is getattr:
         _check_getattr(args, kwargs)
@@ -90,7 +90,7 @@ def check_method(name: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> No
         raise GraphFormatError(f"it calls the method {show(name)}, which is not among those a stored graph may call")
     if not args or not isinstance(args[0], fx.Node):
         raise GraphFormatError(f"it calls .{name} on {show(args[0] if args else None)}; a method needs a node")
-    if "out" in kwargs:
+    if kwargs.get("out") is not None:
         raise GraphFormatError(f"its argument out is {show(kwargs['out'])}; a stored graph may not write into one")
     types = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.dtype)]
     if name == "view" and types:

@@ -36,3 +36,11 @@ def above(path: str, known: Container[str]) -> str:
     """The path of `known` that a path lies in; "" for none."""
     parts = path.split(".")
     return next((p for i in range(1, len(parts)) if (p := ".".join(parts[:i])) in known), "")
+
+
+def targets_of(records: list[Any]) -> list[Any]:
+    """What get_attr and call_module nodes read, in order; no path is a part of another one's that is a tensor."""
+    found = [r.get("target") for r in records if isinstance(r, dict) and r.get("op") in ("get_attr", "call_module")]
+    strange = [t for t in found if not isinstance(t, str)]
+    need(not strange, "a node's target", strange[:1], "a dotted path is needed")
+    return list(dict.fromkeys(found))

@@ -21,6 +21,7 @@ from mono_quant_fx.json_values import fields, items, need, record_from_json, sho
 from mono_quant_fx.leaf_modules import leaf_from_json
 from mono_quant_fx.own_names import is_name
 from mono_quant_fx.provenance import Step
+from mono_quant_fx.stored_writes import through_from_json
 from mono_quant_fx.tensor_table import TensorTable
 from mono_quant_fx.tree_json import tree_from_json
 
@@ -58,7 +59,7 @@ class Reader:
         records = items(data["nodes"], "a graph's nodes")
         gm = fx.GraphModule(nn.Module(), fx.Graph())
         modules = self._modules(data["modules"], prefix, depth)
-        self._attach(gm, _targets(records), modules, prefix)
+        self._attach(gm, targets_of(records), modules, prefix)
         new = self._nodes(records, gm)
         new._codegen = _codegen(data["codegen"], new)
         gm.graph = new
@@ -80,6 +81,8 @@ class Reader:
             if isinstance(record, dict) and kind in record:
                 inner = self.graph(fields(record, "it", kind)[kind], prefix, depth + 1)
                 return inner if kind == "graph" else GuardsFn(inner)
+        if isinstance(record, dict) and "through" in record:
+            return through_from_json(record)
         names = self.tensors.below(prefix)
         module = leaf_from_json(record, len(names))
         wanted = {name: tuple(t.shape) for name, t in graph.named_tensors(module)}
@@ -155,14 +158,6 @@ class Reader:
         if "history" in record:
             numbers = items(record["history"], "its history")
             node.meta[graph.HISTORY] = tuple(_at(self.steps, number, "its history") for number in numbers)
-
-
-def _targets(records: list[Any]) -> list[Any]:
-    """What get_attr and call_module nodes read, in order; no path is a part of another one's that is a tensor."""
-    found = [r.get("target") for r in records if isinstance(r, dict) and r.get("op") in ("get_attr", "call_module")]
-    strange = [t for t in found if not isinstance(t, str)]
-    need(not strange, "a node's target", strange[:1], "a dotted path is needed")
-    return list(dict.fromkeys(found))
 
 
 def _at(table: list[Any], index: Any, what: str) -> Any:

@@ -19,7 +19,9 @@ from mono_quant_fx.guards import GuardsFn, is_guards, trace_guards
 from mono_quant_fx.json_values import DTYPES, value_to_json, within
 from mono_quant_fx.leaf_modules import check_hooks, leaf_to_json
 from mono_quant_fx.provenance import Step, history
+from mono_quant_fx.pure_writes import Through
 from mono_quant_fx.records import to_plain
+from mono_quant_fx.stored_writes import through_to_json
 from mono_quant_fx.tree_json import tree_to_json
 
 FORMAT, VERSION = "mono_quant_fx graph", 1
@@ -111,6 +113,8 @@ class Writer:
             return {"guards": self.graph(trace_guards(module, inputs), prefix)}
         if isinstance(module, fx.GraphModule):
             return {"graph": self.graph(module, prefix)}
+        if isinstance(module, Through):
+            return through_to_json(module)
         record = leaf_to_json(module)
         for name, tensor in graph.named_tensors(module):
             self._tensor(prefix + name, tensor, graph.is_persistent(module, name))

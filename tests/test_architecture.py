@@ -97,7 +97,7 @@ LAYERS = [
         "allowed_calls",
     },
     {"graph_ops", "tree_json", "leaf_modules", "tensor_table", "guards", "graph_names"},
-    {"call_checks"},
+    {"call_checks", "stored_writes"},
     {"graph_writer"},
     {"graph_reader"},
     {"graph_json"},

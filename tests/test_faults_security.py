@@ -124,6 +124,44 @@ def test_verify_judges_a_graph_as_load_does(tmp_path, capsys):
         mq.load(path)
 
 
+def test_an_argument_out_that_is_none_is_no_output():
+    """F.normalize and others have it written down as None."""
+    gm = graph_from_json(called("torch.nn.functional.normalize", out=None), {})
+    x = torch.randn(3, 4)
+    assert torch.equal(gm(x), torch.nn.functional.normalize(x))
+
+
+class Writes(nn.Module):
+    """What capture turns into functions: into an item, a piece, a diagonal and windows."""
+
+    def forward(self, x):
+        x = x.clone()
+        x[:, :2] = 1.0
+        x.chunk(2, -1)[0].add_(1)
+        x.diagonal().fill_(0)
+        x.unfold(1, 4, 4).mul_(2)
+        return x
+
+
+def test_writes_into_parts_are_stored():
+    x = torch.randn(4, 8)
+    gm = mq.capture(nn.Sequential(nn.Linear(8, 8), Writes()).eval(), x, method="symbolic")
+    data = json.loads(json.dumps(graph_to_json(gm)))
+    assert torch.equal(graph_from_json(data, gm.state_dict())(x), gm(x))
+    through = next(m["through"] for m in data["graph"]["modules"].values() if "through" in m)
+    for bad in (
+        {"method": "as_strided"},
+        {"method": "view"},
+        {"function": "aten.as_strided.default"},
+        {},
+        {"method": 3},
+    ):
+        through.clear()
+        through.update(bad)
+        with pytest.raises(mq.GraphFormatError):
+            graph_from_json(data, gm.state_dict())
+
+
 def test_sizes_beyond_any_memory_are_an_error_and_no_crash():
     gm = graph_from_json(called("aten.expand.default", [10**15, 4]), {})
     with pytest.raises((RuntimeError, MemoryError)):
