@@ -13,7 +13,7 @@ from mono_quant_fx import graph
 from mono_quant_fx.annotation import QuantAnnotation, set_annotation
 from mono_quant_fx.call_checks import check_call, check_method
 from mono_quant_fx.errors import GraphFormatError
-from mono_quant_fx.graph_names import RESERVED, above, check_path
+from mono_quant_fx.graph_names import RESERVED, above, check_path, targets_of
 from mono_quant_fx.graph_ops import function_of
 from mono_quant_fx.graph_writer import FORMAT, VERSION
 from mono_quant_fx.guards import GuardsFn
