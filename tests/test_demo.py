@@ -34,14 +34,15 @@ def test_the_report_says_what_it_does_and_shows_the_table(report):
     lines, _ = report
     assert lines[0] == (
         "Quantizing all-MiniLM-L6-v2 (it turns sentences into vectors) to INT4, calibrated on 30 definitions of "
-        "WordNet ..."
+        "WordNet and judged on 100 others ..."
     )
     assert " ".join(lines[2].split()) == (
         "node op module scheme reason weight KiB KiB after weight dB local dB acc dB max err status "
         "input range observer algorithm gain dB int8 dB"
     )
     assert sum(" int4 g128 sym " in line for line in lines) == 36
-    assert sum(" default skip: Embedding " in line for line in lines) == 3
+    rows = [line for line in lines if not line.startswith("warning: ")]
+    assert sum(" default skip: Embedding " in line for line in rows) == 3
     assert any(line.startswith("total ") and " model output " in line for line in lines)
 
 
@@ -52,7 +53,7 @@ def test_the_report_has_the_warnings_as_plain_lines(report):
     said = [line for line in lines if line.startswith("warning: ")]
     few = "Few calibration samples: 30 < 50; the measured figures may not hold on other data"
     assert f"warning: {few}" in said
-    assert all(line.startswith(("warning: Few", "warning: Low SQNR: ")) for line in said)
+    assert all(line.startswith(("warning: Few", "warning: Low SQNR: ", "warning: Only 47% of")) for line in said)
 
 
 @pytest.mark.slow

@@ -30,7 +30,7 @@ class Row:
         wall_seconds: of the whole cell, loading and evaluation included.
         error: why there are no figures, in one line; "" where there are.
         value, standard_error: of the model's metric.
-        sqnr_db: of the model's output on the calibration batches.
+        sqnr_db: of the model's output on batches that calibration does not see.
         local_sqnr_db: median over the quantized nodes of the SQNR of a node quantized alone.
         bits: stored bits a weight, scales and zero points included, over the weights of `schemes`.
         schemes: scheme -> number of weights, over all weights that mono_quant_fx quantizes.

@@ -56,11 +56,17 @@ def _metered(call: Callable[[], T]) -> tuple[T, Figures]:
 
 
 def _ours(work: Workload, setting: Setting) -> Figures:
-    model, batches = work.load(), work.calibration()
+    model, batches, unseen = work.load(), work.calibration(), work.unseen()
     options = {**setting.options, "accuracy_warning": "ignore"}
     mq.quantize(nn.Linear(256, 16).eval(), calibration_data=[torch.randn(2, 256)], **options)  # imports, kernels
     result, figures = _metered(
-        lambda: mq.quantize(model, calibration_data=batches, num_calibration_samples=work.NUM_SAMPLES, **options)
+        lambda: mq.quantize(
+            model,
+            calibration_data=batches,
+            evaluation_data=unseen,
+            num_calibration_samples=work.NUM_SAMPLES,
+            **options,
+        )
     )
     stored = [row for row in result.accuracy.rows if row.scheme.startswith("int") and row.bytes_after]
     weights: Counter[str] = Counter()
@@ -96,14 +102,14 @@ def _theirs(work: Workload, setting: Setting) -> Figures:
     return {
         **figures,
         **_judged(work, model),
-        "sqnr_db": _output_sqnr(work.load(), model, batches),
+        "sqnr_db": _output_sqnr(work.load(), model, work.unseen()),
         "bits": 8 * stored / weights.total(),
         "schemes": dict(weights),
     }
 
 
 def _output_sqnr(reference: nn.Module, model: nn.Module, batches: list[Any]) -> float | None:
-    """SQNR of the model's output over all calibration batches, as QuantizationInfo.sqnr_db has it."""
+    """SQNR of the model's output over all batches that calibration does not see, as QuantizationInfo.sqnr_db has it."""
     total = ErrorSum()
     with torch.no_grad():
         for batch in batches:

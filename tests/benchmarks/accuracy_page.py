@@ -25,7 +25,7 @@ evaluated, and all settings of a model share its calibration batches. The column
 | column | |
 |---|---|
 | metric, ± | on the evaluation data, and its standard error |
-| output dB | SQNR of the model's output on the calibration batches |
+| output dB | SQNR of the model's output on batches that calibration does not see |
 | local dB | median over the quantized nodes of the SQNR of a node quantized alone; not taken of other packages |
 | bits | stored bits a weight, scales and zero points included, over all weights that mono_quant_fx quantizes; what a \
 package leaves float counts as 32 |

@@ -32,6 +32,9 @@ class Tiny:
     def calibration(self) -> list[tuple[Tensor, ...]]:
         return [(x,) for x in self._inputs(SEED + 1, self.NUM_SAMPLES).split(BATCH)]
 
+    def unseen(self) -> list[tuple[Tensor, ...]]:
+        return [(x,) for x in self._inputs(SEED + 3, self.NUM_SAMPLES).split(BATCH)]
+
     def evaluate(self, model: nn.Module) -> tuple[float, float | None]:
         inputs = self._inputs(SEED + 2, EVALUATED)
         with torch.no_grad():

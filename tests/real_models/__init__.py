@@ -5,6 +5,7 @@ minilm, smollm2, effnet_lite0 and g2p_gru are modules with the same names in the
     NAME, METRIC: str               what the figure is called; HIGHER_IS_BETTER: bool
     load() -> nn.Module             the float model in eval mode
     calibration() -> batches        a list of argument tuples, the same at each call, disjoint from what evaluate reads
+    unseen() -> batches             likewise, of data that calibration() does not have: what outputs are measured on
     NUM_SAMPLES: int                the num_calibration_samples that takes all of them
     evaluate(model) -> (metric, standard error or None)    deterministic, batched, without gradients
 

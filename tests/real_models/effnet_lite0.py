@@ -105,6 +105,11 @@ def calibration() -> list[tuple[Tensor]]:
     return [(normalized(part),) for part in torch.stack(pictures).split(BATCH)]
 
 
+def unseen() -> list[tuple[Tensor]]:
+    """Some of what evaluate looks at."""
+    return [(normalized(part),) for part in labelled()[: 2 * BATCH].split(BATCH)]
+
+
 @torch.no_grad()
 def evaluate(model: nn.Module) -> tuple[float, float]:
     """The share of pictures whose likeliest class is a right one; the error is that of a mean over photographs."""

@@ -28,7 +28,7 @@ START, END = 2, 3
 #: Letters of a word with its end sign, and phonemes said: the encoder runs 13 steps, the decoder 12.
 LETTER_STEPS, PHONEME_STEPS = 13, 12
 #: Of the dictionary's words in an order drawn once.
-EVALUATED, CALIBRATED = slice(0, 500), slice(2000, 2256)
+EVALUATED, CALIBRATED, UNSEEN = slice(0, 500), slice(2000, 2256), slice(2256, 2384)
 NUM_SAMPLES, BATCH = 256, 64
 
 
@@ -128,7 +128,16 @@ def dictionary() -> tuple[tuple[str, str], ...]:
 
 def calibration() -> list[tuple[Tensor, Tensor, Tensor]]:
     """Words with the phonemes that the float model says for them as those before."""
-    model, words = load(), [word for word, _ in dictionary()[CALIBRATED]]
+    return _spoken(CALIBRATED)
+
+
+def unseen() -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Likewise, of other words."""
+    return _spoken(UNSEEN)
+
+
+def _spoken(which: slice) -> list[tuple[Tensor, Tensor, Tensor]]:
+    model, words = load(), [word for word, _ in dictionary()[which]]
     inputs = [letters_of(words[i : i + BATCH]) for i in range(0, len(words), BATCH)]
     return [(letters, mask, _say(model, letters, mask)[0]) for letters, mask in inputs]
 

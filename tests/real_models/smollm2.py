@@ -146,6 +146,11 @@ def calibration() -> list[tuple[Tensor]]:
     return [(part,) for part in windows("movie_snippets.txt", CALIBRATED).split(BATCH)]
 
 
+def unseen() -> list[tuple[Tensor]]:
+    """What evaluate reads."""
+    return [(part,) for part in windows("nyt_snippets.txt", EVALUATED).split(2)]
+
+
 @torch.no_grad()
 def evaluate(model: nn.Module) -> tuple[float, float]:
     """exp of the mean surprise (nats a token) over windows read each from its start, and its error to first order.
