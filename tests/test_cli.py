@@ -248,6 +248,7 @@ def test_a_model_without_values_is_quantized_weight_by_weight(tmp_path, capsys):
 
 def test_a_critical_finding_that_the_user_made_an_error_is_1(tmp_path, capsys):
     options = ["--accuracy-warning", "error", "--sqnr-error-threshold", "80", "--sqnr-warning-threshold", "90"]
+    options += ["--evaluation-data", "inputs.safetensors"]
     line = failure(capsys, [*QUANTIZE, *options, "--out", tmp_path / "x.safetensors"], 1)
     assert line.startswith("CRITICAL: far too noisy: 3 of 4 nodes below 80 dB")
     assert not (tmp_path / "x.safetensors").exists()
