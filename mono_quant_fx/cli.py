@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from mono_quant_fx import demo
 from mono_quant_fx.cli_compare import compare_report, loss_verdict, read_table
@@ -32,7 +32,13 @@ CODES = "Exit codes: 0 good, 1 accuracy below a threshold that was given, 2 bad 
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse that keeps its complaint to one line."""
+    """argparse that keeps its complaint to one line, and says when its help cannot be written."""
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        if file is sys.stdout:
+            print(message, end="", flush=True)
+        else:
+            say(message.removesuffix("\n"))
 
     def error(self, message: str) -> NoReturn:
         command = self.prog.removeprefix(PROGRAM).strip()
@@ -46,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = argparse.Namespace(traceback=False)
     try:
         with _warnings_as_lines():
-            options = _options(argv)
+            options = _parser().parse_args(argv)
             code: int = options.run(options)
             sys.stdout.flush()
             return code
@@ -62,14 +68,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(_words(e), BAD)
     finally:
         flush_streams()
-
-
-def _options(argv: Sequence[str] | None) -> argparse.Namespace:
-    try:
-        return _parser().parse_args(argv)
-    except SystemExit:
-        sys.stdout.flush()  # --help into a pipe or a full disk
-        raise
 
 
 def _words(error: Exception) -> str:
