@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import Tensor
 from mono_quant_fx.errors import CheckpointError, FileFormatError
 from mono_quant_fx.file_kinds import START, kind_of
 from mono_quant_fx.folder_paths import inside, is_plain
+from mono_quant_fx.wrapped_names import bare
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 #: Bytes of JSON that are read: an index of a million tensors is smaller.
@@ -56,12 +57,24 @@ class Checkpoint:
             self.files = listed
         else:
             self.files = dict.fromkeys(self._open[SINGLE].keys(), SINGLE)
+        self._stored = {name: name for name in self.files}
 
     def __contains__(self, name: str) -> bool:
         return name in self.files
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.files)
+
+    def unwrap(self, modules: Container[str]) -> None:
+        """Takes what wrappers put into names out of all of them (see wrapped_names), if that is how they fit.
+
+        They fit when no name is of one of these modules as it stands, and the bare ones are, each once.
+        """
+        plain = {name: bare(name) for name in self.files}
+        fits = any(n.rpartition(".")[0] in modules for n in plain.values()) and len(set(plain.values())) == len(plain)
+        if fits and not any(name.rpartition(".")[0] in modules for name in plain):
+            self._stored = {short: name for name, short in plain.items()}
+            self.files = {short: self.files[name] for short, name in self._stored.items()}
 
     def where(self, name: str) -> str:
         """The tensor and its file, as errors call them."""
@@ -70,7 +83,7 @@ class Checkpoint:
 
     def kind(self, name: str) -> tuple[torch.dtype | None, tuple[int, ...]]:
         """dtype (None for one that torch lacks) and shape, from the header."""
-        header = self._open[self.files[name]].get_slice(name)
+        header = self._open[self.files[name]].get_slice(self._stored[name])
         return DTYPES.get(header.get_dtype()), tuple(header.get_shape())
 
     def check(self, name: str, shape: tuple[int, ...], *dtypes: torch.dtype) -> None:
@@ -92,7 +105,7 @@ class Checkpoint:
             CheckpointError: its file cannot be read.
         """
         try:
-            tensor: Tensor = self._open[self.files[name]].get_tensor(name)
+            tensor: Tensor = self._open[self.files[name]].get_tensor(self._stored[name])
         except (SafetensorError, OSError) as e:
             raise CheckpointError(f"{self.where(name)} cannot be read: {e}") from e
         return tensor

@@ -66,6 +66,7 @@ def import_compressed_tensors(
     checkpoint = Checkpoint(folder)
     reader = Reader.of(checkpoint)
     names = _Names.of(model)
+    checkpoint.unwrap({name for name in names.kinds if name})
     gm = _skeleton(model, example_inputs, names)
     stored = {}
     for want in _wanted(gm, names):

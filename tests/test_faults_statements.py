@@ -273,3 +273,18 @@ def test_plan_table_and_graph_of_a_file_agree(name, tmp_path, capsys):
     assert words in str(error.value)
     assert main(["verify", str(path)]) == 2
     assert words in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod."])
+@pytest.mark.parametrize("form", ["gptq", "compressed-tensors"])
+def test_wrappers_are_taken_out_of_the_names_of_a_folder(form, prefix, tmp_path):
+    """A checkpoint of a compiled or parallel model was refused as one of another model."""
+    _ = export(tmp_path, group_size=32) if form != "gptq" else foreign_folder(tmp_path, "gptq")
+    expected = load(tmp_path)(IDS)
+
+    def wrap(tensors: dict[str, torch.Tensor]) -> None:
+        for name in list(tensors):
+            tensors[prefix + name] = tensors.pop(name)
+
+    rewrite(tmp_path, wrap)
+    assert torch.equal(load(tmp_path)(IDS), expected)
