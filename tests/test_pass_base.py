@@ -131,13 +131,21 @@ def test_dead_constants_go_and_a_users_calls_stay():
 
         def forward(self, x):
             y = torch.relu(x)
-            y.add_(1.0)  # the result is unused, the effect is not
+            y.add_(1.0)
             return self.fc(y)
 
-    gm = mq.capture(SideEffect().eval())
-    x = torch.randn(2, 64)
+    model, x, seen = SideEffect().eval(), torch.randn(2, 64), []
+
+    def note_down(value):  # its result is unused, its effect is not
+        seen.append(value)
+
+    gm = mq.capture(model)
+    with gm.graph.inserting_before(gm.graph.output_node()):
+        gm.graph.call_function(note_down, (gm.graph.output_node().args[0],))
+    gm.recompile()
     result = check_pass(Note(), gm, args=(x,))
-    assert "add_" in mq.format_graph(result)
+    assert "note_down" in mq.format_graph(result) and seen
+    assert torch.equal(result(x), model(x))
     assert "unused" not in result.state_dict()
 
 
