@@ -295,7 +295,14 @@ def test_an_autocast_block_that_writes():
     ],
     ids=["weights", "gptq", "int8", "bias correction"],
 )
-@pytest.mark.parametrize("name", ["relu_", "+=", "half of it"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("relu_", "+=", "half of it") else pytest.param(name, marks=pytest.mark.slow)
+        for name, (_, plain) in ELEMENTWISE.items()
+        if plain is not None
+    ],
+)
 def test_every_pass_measures_what_the_functional_twin_has(name, options, method):
     """Observers, Hessians, INT8 codes, biases and the table took the value from before the write."""
     write, plain = ELEMENTWISE[name]
