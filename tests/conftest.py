@@ -1,5 +1,6 @@
 """Says what is missing before a hundred tests fail over it."""
 
+import os
 import warnings
 
 import pytest
@@ -16,6 +17,10 @@ except ModuleNotFoundError as e:  # the checkout was found first, and it has no 
     ) from e
 
 from mono_quant_fx import native
+
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if WORKERS > 1:  # side by side on the same cores, threads of each would wait for those of the other
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -12,18 +12,10 @@ import torch
 
 from mono_quant_fx import numerics, ops
 from mono_quant_fx.config import COMPUTE, QuantScheme
-from mono_quant_fx.ops import activation, dequantize, linear
+from tests.ops.references import REFERENCES
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 NUMBERS = [-(2**63), -(2**31), -8, -1, 0, 1, 2, 3, 7, 8, 16, 24, 40, 64, 1000, 2**20, 2**31, 2**40, 2**62, 2**63 - 8]
-REFERENCES = {
-    ops.int4_linear: linear._int4,
-    ops.int8_linear: linear._int8,
-    ops.dequantize_int4: dequantize._int4,
-    ops.dequantize_int8: dequantize._int8,
-    ops.quantize_activation: activation._quantize,
-    ops.dequantize_activation: activation._dequantize,
-}
 #: Elements of a result that a call here may make.
 LARGEST = 1 << 22
 

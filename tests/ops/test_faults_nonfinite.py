@@ -23,12 +23,11 @@ ROUNDED = 0.02
 
 
 @pytest.fixture
-def use(monkeypatch):
+def use_way(use, monkeypatch):
     """Forces a path and a way; the fixture of all tests undoes the path."""
 
-    def choose(path, way=None):
-        monkeypatch.setenv(native.VARIABLE, path)
-        native.path.cache_clear()
+    def choose(path, way):
+        use(path)
         monkeypatch.setattr(ways, "choose", lambda call: "many" if call.kernel == ways.INT8 else way)
 
     return choose
@@ -55,9 +54,9 @@ POISONS = {
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize(("bits", "compute", "way"), CALLS)
-def test_what_is_not_finite_reaches_what_it_reaches_in_floats(path, bits, compute, way, use):
+def test_what_is_not_finite_reaches_what_it_reaches_in_floats(path, bits, compute, way, use_way):
     """Infinity became NaN, rows of INT8 x vanished in NaN, and 1e37 overflowed in sums before their scale came."""
-    use(path, way)
+    use_way(path, way)
     for dtype, symmetric in (
         (torch.float32, False),
         (torch.float32, True),
@@ -86,8 +85,8 @@ def assert_as_in_floats(actual, x, weight, bias, at, clean, name):
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_a_scale_that_is_not_finite_reaches_its_own_outputs(path, use):
-    use(path, "many")
+def test_a_scale_that_is_not_finite_reaches_its_own_outputs(path, use_way):
+    use_way(path, "many")
     stored = numerics.quantize_matrix(torch.randn(N, K), QuantScheme(4, 24, False))
     stored.weight_scale[3, 1], stored.weight_scale[5, 0] = NAN, INF
     weight = numerics.dequantize_weight(stored, 24, K)
@@ -155,8 +154,8 @@ def test_sums_that_an_int32_may_not_hold_are_not_made_there():
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_a_large_weight_scale_meets_a_small_input_scale(path, use):
-    use(path, "many")
+def test_a_large_weight_scale_meets_a_small_input_scale(path, use_way):
+    use_way(path, "many")
     x, _, zero_point, packed, scale, zero, _ = linear_case(bits=4)
     scale, input_scale = scale * 1e36, torch.tensor([1e-6])
     actual = ops.w4a8_linear(x, input_scale, zero_point, packed, scale, zero, None, 32)

@@ -22,17 +22,6 @@ PATHS = ["torch", *COMPILED]
 paths = pytest.mark.parametrize("path", PATHS)
 
 
-@pytest.fixture
-def use(monkeypatch):
-    """Forces a path; the fixture of all tests undoes it."""
-
-    def choose(path):
-        monkeypatch.setenv(native.VARIABLE, path)
-        native.path.cache_clear()
-
-    return choose
-
-
 def int4_case(rows=24, columns=70, group=32, symmetric=False, batch=5):
     stored = numerics.quantize_matrix(torch.randn(rows, columns), QuantScheme(4, group, symmetric))
     return torch.randn(batch, columns), *stored, torch.randn(rows), group

@@ -41,17 +41,6 @@ cases = st.fixed_dictionaries(
 )
 
 
-@pytest.fixture
-def use(monkeypatch):
-    """Forces a path; the fixture of all tests undoes it."""
-
-    def choose(path):
-        monkeypatch.setenv(native.VARIABLE, path)
-        native.path.cache_clear()
-
-    return choose
-
-
 def operands(rows, columns, outputs, group, symmetric, dtype, bias, gap, seed, bits=4):
     """(x with `gap` elements between its rows, the stored weight, the bias)."""
     draw = torch.Generator().manual_seed(seed)
