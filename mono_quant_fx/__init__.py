@@ -2,11 +2,12 @@
 
 from mono_quant_fx import passes
 from mono_quant_fx.accuracy import measure_accuracy
+from mono_quant_fx.bisection import bisect
 from mono_quant_fx.bisection_report import Bisection, BisectionStep, Suspect
 from mono_quant_fx.capture import capture
 from mono_quant_fx.compile_backend import CompileBackend, compile_backend
 from mono_quant_fx.compile_report import CompiledGraph, CompileReport
-from mono_quant_fx.compiler import default_pipeline, quantize
+from mono_quant_fx.compiler import quantize
 from mono_quant_fx.config import DEFAULT_INT4_SKIP, QuantConfig, QuantScheme
 from mono_quant_fx.dequantize_model import dequantize_model
 from mono_quant_fx.draw import Drawing, draw, draw_diff
@@ -36,6 +37,7 @@ from mono_quant_fx.explanation import Chapter, Explanation
 from mono_quant_fx.export_compressed_tensors import export_compressed_tensors
 from mono_quant_fx.findings import AccuracyWarning, check_accuracy_warnings
 from mono_quant_fx.import_compressed_tensors import import_compressed_tensors
+from mono_quant_fx.info import QuantizationInfo
 from mono_quant_fx.loading import load
 from mono_quant_fx.metrics import max_abs_error, relative_error, sqnr_db
 from mono_quant_fx.modules import QuantizedLinearInt4
@@ -52,9 +54,10 @@ from mono_quant_fx.observers import (
 )
 from mono_quant_fx.pass_base import Pass, PassResult, Pipeline
 from mono_quant_fx.pass_html import PassChange
+from mono_quant_fx.pipelines import default_pipeline
 from mono_quant_fx.printing import diff_graphs, format_graph
 from mono_quant_fx.provenance import Step, history
-from mono_quant_fx.result import QuantizationInfo, QuantizationResult, save
+from mono_quant_fx.result import QuantizationResult, save
 from mono_quant_fx.select_observer import ExperimentalWarning, select_observer
 from mono_quant_fx.streaming import CheckpointReport, quantize_checkpoint
 from mono_quant_fx.table import AccuracyTable
@@ -116,6 +119,7 @@ __all__ = [
     "UnknownNameError",
     "ValidationResult",
     "WeightError",
+    "bisect",
     "capture",
     "check_accuracy_warnings",
     "compile_backend",

@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from torch import Tensor, fx
 
@@ -24,23 +24,13 @@ from mono_quant_fx.errors import CalibrationError, ConfigError, PreconditionErro
 from mono_quant_fx.lockstep import Lockstep
 from mono_quant_fx.metrics import ErrorSum
 from mono_quant_fx.noise import Noise
+from mono_quant_fx.pass_base import Pass, PassResult, Pipeline
 from mono_quant_fx.run import run_batch
 from mono_quant_fx.state import written
 from mono_quant_fx.surroundings import in_plain_surroundings
 
 #: Every node that the pass changed has its own error carried to the output on a few samples, the costliest on all.
 FEW_SAMPLES, MOST_SUSPECTS = 4, 8
-
-
-class Stage(Protocol):
-    """What bisect needs of a pass."""
-
-    @property
-    def name(self) -> str:
-        """For the report."""
-
-    def __call__(self, gm: Any, /) -> Any:
-        """Gives a PassResult."""
 
 
 class _Outputs:
@@ -73,18 +63,47 @@ class _Errors(NamedTuple):
 
 @in_plain_surroundings
 def bisect(
-    stages: Sequence[Stage], gm: Any, data: Iterable[Any], threshold_db: float, prepare_batch: Prepare | None = None
+    pipeline: Pipeline,
+    gm: fx.GraphModule | PassResult,
+    data: Iterable[Any],
+    threshold_db: float,
+    *,
+    prepare_batch: Prepare | None = None,
 ) -> Bisection:
-    """See Pipeline.bisect."""
+    """Runs a pipeline's passes one by one and finds the pass, and in it the node, where accuracy is lost.
+
+    After each pass the model's output is measured against `gm`. For the first pass after which its SQNR is below
+    `threshold_db`, each node is measured against the graph right before that pass, and the error of each that
+    it changed is carried to the output by itself. With many of them that is done on 4 samples, and for the 8
+    costliest on all. A constant counts for the op that reads it. The pipeline's callback is not called.
+
+    Args:
+        gm: the float graph.
+        data: an iterable of batches to measure on. Passes that need data carry their own.
+        prepare_batch: turns a batch into the model's arguments.
+
+    Raises:
+        ConfigError: threshold_db is not a finite number. CalibrationError: no data, data that does not fit, or a graph
+        that does not run (names the pass). PreconditionError: `gm` is not a GraphModule, its output holds no
+        floating-point tensor or differs from run to run. PassError: a pass fails.
+
+    >>> import torch
+    >>> import mono_quant_fx as mq
+    >>> _ = torch.manual_seed(0)
+    >>> gm = mq.capture(torch.nn.Sequential(torch.nn.Linear(128, 64)).eval())
+    >>> found = mq.bisect(mq.default_pipeline(), gm, [torch.randn(8, 128)], 30.0)
+    >>> found.culprit_pass, found.culprit_node
+    ('int4-lowering', 'linear')
+    """
     if isinstance(threshold_db, bool) or not isinstance(threshold_db, int | float) or not math.isfinite(threshold_db):
         raise ConfigError(f"threshold_db={threshold_db!r}: a finite number of dB is needed, 20.0 for example")
-    gm = graph.need_graph(gm, "bisect")
+    gm = graph.need_graph(gm.graph_module if isinstance(gm, PassResult) else gm, "bisect")
     batches, samples = collect(data, None, prepare_batch)
     _check_reference(gm, batches)
     steps: list[BisectionStep] = []
     found: tuple[fx.GraphModule, fx.GraphModule] | None = None
     current, output_db = gm, math.inf
-    for stage in stages:
+    for stage in pipeline.passes:
         start = time.perf_counter()
         result = stage(current)
         seconds = time.perf_counter() - start
@@ -110,7 +129,7 @@ def _check_reference(gm: fx.GraphModule, batches: list[Batch]) -> None:
         )
 
 
-def _after(stage: Stage, reference: fx.GraphModule, gm: fx.GraphModule, batches: list[Batch]) -> _Errors:
+def _after(stage: Pass, reference: fx.GraphModule, gm: fx.GraphModule, batches: list[Batch]) -> _Errors:
     try:
         return _compare(reference, gm, batches, set())
     except CalibrationError as e:

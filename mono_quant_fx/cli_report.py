@@ -9,9 +9,10 @@ from typing import Any
 
 from mono_quant_fx.cli_text import CommandError, Grid, Part, Report, cleaned, printable, size
 from mono_quant_fx.config import QuantConfig
+from mono_quant_fx.info import QuantizationInfo
 from mono_quant_fx.loading import Header, read_header
 from mono_quant_fx.records import to_plain
-from mono_quant_fx.result import QuantizationInfo, QuantizationResult, output_figure
+from mono_quant_fx.result import QuantizationResult, output_figure
 from mono_quant_fx.saving import DIGESTS, KEY
 from mono_quant_fx.table import AccuracyTable
 from mono_quant_fx.table_row import AccuracyRow, kib

@@ -17,16 +17,17 @@ import torch
 from torch import Tensor, fx, nn
 
 from mono_quant_fx import graph
-from mono_quant_fx.annotation import QuantAnnotation, annotated, pending, set_annotation
+from mono_quant_fx.annotation import QuantAnnotation, annotated, pending
 from mono_quant_fx.compile_report import CompileReport, Ledger
-from mono_quant_fx.compiler import needs_data
 from mono_quant_fx.config import QuantConfig
 from mono_quant_fx.dynamo_frames import Fallback, ensure_listening, listen
 from mono_quant_fx.dynamo_graph import lift, rebind
 from mono_quant_fx.errors import ConfigError, PerformanceWarning
 from mono_quant_fx.numerics import QuantizedWeight
 from mono_quant_fx.pass_base import Pipeline
-from mono_quant_fx.passes import DequantFusion, Int4GroupwiseLowering, SkipAnnotation
+from mono_quant_fx.passes import CodeAttachment, SkipAnnotation
+from mono_quant_fx.passes.code_attachment import GivenCodes
+from mono_quant_fx.pipelines import lowering, needs_data
 from mono_quant_fx.shared_codes import Entry, SharedCodes
 
 #: The reason of a weight that may be trained: codes have no gradient.
@@ -105,13 +106,18 @@ class CompileBackend:
         ensure_listening(self._listener)
         lifted = lift(gm, example_inputs, self._ledger.model)
         decided = SkipAnnotation(self.config, whole=False)(lifted.graph_module).graph_module
-        entries = self._encode(decided)
-        number = self._ledger.add(decided, entries)
-        if not entries and any(a.reason == TRAINED for _, a in annotated(decided)):
+        entries, floats = self._encode(decided)
+        codes = {name: GivenCodes(entry.stored) for name, entry in entries.items()}
+        codes |= {name: GivenCodes(None, reason) for name, reason in floats.items()}
+        attached = CodeAttachment(codes)(decided).graph_module
+        number = self._ledger.add(attached, entries)
+        if not entries and TRAINED in floats.values():
             warnings.warn(f"compile_backend: a graph runs in float: {TRAINED}", PerformanceWarning, stacklevel=2)
         if not entries:
             return self.inner(gm, list(example_inputs), **options)
-        quantized = Pipeline((Int4GroupwiseLowering(), DequantFusion(self.config.compute)))(decided).graph_module
+        quantized = Pipeline(lowering(replace(self.config, merge_linears=False), activations=False))(
+            attached
+        ).graph_module
         slots = [
             _Slot(self, number, lifted.inputs[a.weight], a)
             for _, a in annotated(quantized)
@@ -131,19 +137,18 @@ class CompileBackend:
             text = f"compile_backend: {fallback}. What it computes itself stays float; so far {self.report.headline()}"
             warnings.warn(text, PerformanceWarning, stacklevel=2)
 
-    def _encode(self, gm: fx.GraphModule) -> dict[str, Entry]:
-        """Puts codes on what has a scheme, and takes the scheme from weights that must stay float."""
-        entries = {}
+    def _encode(self, gm: fx.GraphModule) -> tuple[dict[str, Entry], dict[str, str]]:
+        """The codes of what has a scheme, and the reasons of weights that must stay float all the same."""
+        entries, floats = {}, {}
         for node, annotation in list(pending(gm)):
             tensor = graph.get_tensor(gm, node)
             assert tensor is not None
             reason = _why_float(tensor)
             if reason is not None:
-                set_annotation(node, replace(annotation, scheme=None, reason=reason))
-                continue
-            entry = entries[annotation.weight] = self._codes.of(tensor, annotation)
-            set_annotation(node, replace(annotation, stored=entry.stored))
-        return entries
+                floats[annotation.weight] = reason
+            else:
+                entries[annotation.weight] = self._codes.of(tensor, annotation)
+        return entries, floats
 
     def encode(self, tensor: Tensor, annotation: QuantAnnotation, number: int) -> Entry:
         """The codes of a weight that graph `number` was called with; for the report too, if it is a new one."""

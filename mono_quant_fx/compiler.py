@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
 from torch import fx, nn
 
-from mono_quant_fx import graph
 from mono_quant_fx.accuracy import measure_accuracy
 from mono_quant_fx.annotation import annotated
 from mono_quant_fx.capture import captured
@@ -18,64 +17,17 @@ from mono_quant_fx.collection import UNLIMITED, Reading, read
 from mono_quant_fx.config import QuantConfig
 from mono_quant_fx.coverage import coverage_notes
 from mono_quant_fx.data import Prepare
-from mono_quant_fx.errors import ConfigError, PreconditionError
+from mono_quant_fx.errors import PreconditionError
 from mono_quant_fx.findings import AccuracyWarning, check_accuracy_warnings
 from mono_quant_fx.held_out import Split, split
-from mono_quant_fx.own_names import own_name
-from mono_quant_fx.pass_base import Callback, Pass, Pipeline
-from mono_quant_fx.passes import (
-    ActivationLowering,
-    BiasCorrection,
-    CalibrationExecution,
-    DequantFusion,
-    Int4GroupwiseLowering,
-    LinearMerging,
-    ObserverInsertion,
-    SkipAnnotation,
-)
-from mono_quant_fx.result import QuantizationInfo, QuantizationResult
+from mono_quant_fx.info import info_of
+from mono_quant_fx.pass_base import Pass
+from mono_quant_fx.pipelines import default_pipeline, with_extra
+from mono_quant_fx.result import QuantizationResult
 from mono_quant_fx.table import AccuracyTable
 from mono_quant_fx.values import require_inputs, require_values
 
 T = TypeVar("T")
-
-
-def default_pipeline(
-    config: QuantConfig | None = None, batches: Iterable[Any] | None = None, callback: Callback | None = None
-) -> Pipeline:
-    """The passes that quantize runs; without batches nothing is observed and rounding needs the weights only."""
-    config = config or QuantConfig()
-    missing = needs_data(config) if batches is None else None
-    if missing is not None:
-        raise ConfigError(missing)
-    measure: tuple[Pass, ...] = ()
-    if batches is not None:
-        calibration = CalibrationExecution(
-            batches,
-            config.num_calibration_samples,
-            algorithm="gptq" if config.algorithm == "auto" else config.algorithm,
-            damping=config.damping,
-            activation_order=config.activation_order,
-        )
-        measure = (ObserverInsertion(config.observer), calibration)
-        if config.activations is not None:
-            measure += (ActivationLowering(),)
-        if config.bias_correction:
-            measure += (BiasCorrection(batches, config.num_calibration_samples),)
-    merge: tuple[Pass, ...] = (LinearMerging(),) if config.merge_linears else ()
-    fuse = DequantFusion(config.compute)
-    return Pipeline((SkipAnnotation(config), *measure, Int4GroupwiseLowering(), fuse, *merge), callback)
-
-
-def needs_data(config: QuantConfig) -> str | None:
-    """The setting that cannot be followed without calibration data, in words; None when none is set."""
-    if config.algorithm not in ("auto", "rtn"):
-        return f"algorithm={config.algorithm!r} needs calibration_data; without data there is 'rtn'"
-    if config.activations is not None:
-        return f"activations={config.activations!r} needs calibration_data, which sets their ranges"
-    if config.bias_correction:
-        return "bias_correction=True needs calibration_data, on which the mean error is measured"
-    return None
 
 
 def quantize(
@@ -86,6 +38,7 @@ def quantize(
     evaluation_data: Iterable[Any] | None = None,
     config: QuantConfig | None = None,
     prepare_batch: Prepare | None = None,
+    extra_passes: Mapping[str, Pass | Sequence[Pass]] | None = None,
     **config_fields: Any,
 ) -> QuantizationResult:
     """Quantizes a model in eval mode after training; the model is not touched, and shares what stays float.
@@ -101,6 +54,8 @@ def quantize(
             Without any data only the weights are judged.
         config: a QuantConfig; `config_fields` are its fields as keywords and win over it.
         prepare_batch: turns a batch of either data into the model's arguments, e.g. ``lambda b: b[0]``.
+        extra_passes: passes of your own by their place in default_pipeline, ``{"after skip-annotation": MyPass()}``;
+            the table and the figures count what they do.
 
     Raises:
         ConfigError, PatternError: a bad setting. CaptureError: no graph. CalibrationError: data that does not fit.
@@ -125,7 +80,8 @@ def quantize(
         warnings.warn(note, stacklevel=2)
     require_float(gm)
     data = split(gm, *given, config.num_calibration_samples)
-    out = default_pipeline(config, data.calibration, clock.lap)(gm).graph_module
+    pipeline = with_extra(default_pipeline(config, data.calibration, clock.lap), extra_passes or {})
+    out = pipeline(gm).graph_module
     table = clock.time("accuracy", lambda: _measure(gm, out, data, config))
     samples = 0 if data.calibration is None else data.calibration.samples
     info = info_of(gm, out, table, config, samples, clock.seconds)
@@ -187,28 +143,3 @@ def _read(
 def _measure(gm: fx.GraphModule, out: fx.GraphModule, data: Split, config: QuantConfig) -> AccuracyTable:
     table = measure_accuracy(gm, out, data.evaluation, **_thresholds(config))
     return replace(table, measured_on=data.measured_on)
-
-
-def info_of(
-    gm: fx.GraphModule,
-    out: fx.GraphModule,
-    table: AccuracyTable,
-    config: QuantConfig,
-    samples: int,
-    seconds: dict[str, float],
-) -> QuantizationInfo:
-    """The figures of a quantization, the warnings aside; of tensors only sizes are read."""
-    quantized, skipped = {}, {}
-    for _, annotation in annotated(out):
-        name = annotation.users[0].module if len(annotation.users) == 1 else ""
-        own = own_name(out, annotation.weight)
-        name = name if own.rpartition(".")[0] == name and name else own
-        if annotation.lowered:
-            quantized[name] = str(annotation.scheme)
-        else:
-            skipped[name] = annotation.reason
-    return QuantizationInfo(
-        config.bits, config.group_size, config.symmetric, graph.total_bytes(gm), graph.total_bytes(out),
-        table.output_sqnr_db, samples, quantized, skipped, [], seconds, table.measured_on,
-        table.samples if table.measured_on else 0,
-    )  # fmt: skip

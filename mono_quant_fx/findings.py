@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
+from typing import Protocol
+
+from torch import fx
 
 from mono_quant_fx.annotation import annotated
 from mono_quant_fx.config import QuantConfig
 from mono_quant_fx.errors import AccuracyError
+from mono_quant_fx.info import QuantizationInfo
 from mono_quant_fx.judging import UNUSUAL_DB, Verdict, verdicts
-from mono_quant_fx.result import QuantizationResult
 from mono_quant_fx.table import CALIBRATION, AccuracyTable
 from mono_quant_fx.table_row import AccuracyRow
 
@@ -19,12 +22,20 @@ LEAST_CALIBRATION_SAMPLES = 50
 SHOWN = 5
 
 
+class Judged(Protocol):
+    """What check_accuracy_warnings needs of a QuantizationResult."""
+
+    graph_module: fx.GraphModule
+    accuracy: AccuracyTable
+    info: QuantizationInfo
+
+
 class AccuracyWarning(UserWarning):
     """Quantization went through, and may have cost more accuracy than the user wants."""
 
 
 def check_accuracy_warnings(
-    result: QuantizationResult,
+    result: Judged,
     *,
     accuracy_warning: str = "warn",
     sqnr_warning_threshold: float = 20.0,

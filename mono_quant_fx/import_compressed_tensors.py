@@ -7,14 +7,14 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from mono_quant_fx import graph
-from mono_quant_fx.annotation import ObservedInput, QuantAnnotation, annotated, plain_inputs, set_annotation
+from mono_quant_fx.annotation import annotated
 from mono_quant_fx.capture import capture
 from mono_quant_fx.capture_record import graph_names
 from mono_quant_fx.checkpoint_files import Checkpoint
@@ -23,8 +23,10 @@ from mono_quant_fx.data import to_batch
 from mono_quant_fx.errors import CheckpointError
 from mono_quant_fx.foreign_weights import Reader, StoredWeight, Wanted
 from mono_quant_fx.numerics import QuantizedWeight
-from mono_quant_fx.pass_base import Pass, Pipeline
-from mono_quant_fx.passes import ActivationLowering, DequantFusion, Int4GroupwiseLowering, LinearMerging, SkipAnnotation
+from mono_quant_fx.pass_base import Pipeline
+from mono_quant_fx.passes import CodeAttachment, SkipAnnotation
+from mono_quant_fx.passes.code_attachment import GivenCodes
+from mono_quant_fx.pipelines import lowering
 from mono_quant_fx.surroundings import in_plain_surroundings
 from mono_quant_fx.weight_ops import find_weights, matrix_shape
 
@@ -62,7 +64,7 @@ def import_compressed_tensors(
             exact counterpart here (columns permuted across groups, INT8 in groups); a damaged or unsafe file.
         CaptureError: the skeleton has no graph. ConfigError: a bad compute.
     """
-    fuse = DequantFusion(compute)
+    tail = lowering(QuantConfig(compute=compute, merge_linears=merge_linears), activations=True)
     checkpoint = Checkpoint(folder)
     reader = Reader.of(checkpoint)
     names = _Names.of(model)
@@ -80,9 +82,9 @@ def import_compressed_tensors(
     for name, file_name in plain:
         _replace(gm, name, checkpoint.get(file_name).to(names.device))
     _fill_buffers(gm, names, stored)
-    merge: tuple[Pass, ...] = (LinearMerging(),) if merge_linears else ()
-    plan = (SkipAnnotation(_config(stored)), _PutCodes(stored, names.device, reader.method))
-    return Pipeline((*plan, ActivationLowering(), Int4GroupwiseLowering(), fuse, *merge))(gm).graph_module
+    decided = SkipAnnotation(_config(stored))(gm).graph_module
+    codes = {a.weight: _codes(stored.get(a.weight), names.device, reader.method) for _, a in annotated(decided)}
+    return Pipeline((CodeAttachment(codes), *tail))(decided).graph_module
 
 
 @dataclass(frozen=True)
@@ -229,55 +231,10 @@ def _config(stored: Mapping[str, StoredWeight]) -> QuantConfig:
     )
 
 
-@dataclass(frozen=True)
-class _PutCodes(Pass):
-    """Gives each annotation the codes that the checkpoint has for it, and the ranges of its INT8 inputs."""
-
-    stored: Mapping[str, StoredWeight] = field(repr=False)
-    device: torch.device = torch.device("cpu")  # noqa: RUF009
-    method: str = ""
-    name: ClassVar[str] = "put-codes"
-
-    def rewrite(self, gm: fx.GraphModule) -> None:
-        nodes = {n.name: n for n in gm.graph.nodes}
-        ranges: dict[str, tuple[str, tuple[float, int]]] = {}
-        for node, annotation in list(annotated(gm)):
-            found = self.stored.get(annotation.weight)
-            if found is None:
-                set_annotation(node, replace(annotation, reason=f"not quantized in the {self.method} checkpoint"))
-                continue
-            packed, scale, zero = found.stored
-            zero = None if zero is None else zero.to(self.device)
-            codes = QuantizedWeight(packed.to(self.device), scale.to(self.device), zero)
-            reason = f"from a {self.method} checkpoint"
-            annotation = replace(annotation, stored=codes, reason=reason, algorithm=self.method)
-            set_annotation(node, _with_input(node, annotation, found, nodes, ranges))
-
-
-def _with_input(
-    weight: fx.Node,
-    annotation: QuantAnnotation,
-    found: StoredWeight,
-    nodes: dict[str, fx.Node],
-    ranges: dict[str, tuple[str, tuple[float, int]]],
-) -> QuantAnnotation:
-    """With its static INT8 input; one tensor has one scale, which all that read it share.
-
-    Raises:
-        CheckpointError: two modules read one tensor with different scales.
-    """
-    sources = [source.name for source, *_ in plain_inputs(weight, annotation, nodes)] if found.input else []
-    seen = []
-    for source in dict.fromkeys(sources):
-        assert found.input is not None
-        other, qparams = ranges.setdefault(source, (annotation.weight, found.input))
-        if qparams != found.input:
-            raise CheckpointError(
-                f"{annotation.weight!r} and {other!r} read one tensor with different input scales ({found.input} and "
-                f"{qparams}), and here a tensor has one"
-            )
-        seen.append(ObservedInput(source, "checkpoint", scale=found.input[0], zero_point=found.input[1]))
-    if not seen:
-        return annotation
-    kind = "int8 asym" if seen[0].zero_point else "int8 sym"
-    return replace(annotation, activations=kind, observed=tuple(seen))
+def _codes(found: StoredWeight | None, device: torch.device, method: str) -> GivenCodes:
+    """What becomes of a weight for which the checkpoint has codes, or has none."""
+    if found is None:
+        return GivenCodes(None, f"not quantized in the {method} checkpoint")
+    packed, scale, zero = found.stored
+    stored = QuantizedWeight(packed.to(device), scale.to(device), None if zero is None else zero.to(device))
+    return GivenCodes(stored, f"from a {method} checkpoint", method, found.input)

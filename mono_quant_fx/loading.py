@@ -19,17 +19,13 @@ from mono_quant_fx.capture_record import CaptureRecord, set_record
 from mono_quant_fx.config import QuantConfig
 from mono_quant_fx.errors import FileFormatError, PlanError
 from mono_quant_fx.graph_json import graph_from_json
+from mono_quant_fx.info import QuantizationInfo
 from mono_quant_fx.merging import merged_pieces
-from mono_quant_fx.pass_base import Pass, Pipeline
-from mono_quant_fx.passes import (
-    ActivationLowering,
-    DequantFusion,
-    Int4GroupwiseLowering,
-    LinearMerging,
-    PlanRestoration,
-)
+from mono_quant_fx.pass_base import Pipeline
+from mono_quant_fx.passes import PlanRestoration
+from mono_quant_fx.pipelines import lowering
 from mono_quant_fx.records import from_plain
-from mono_quant_fx.result import QuantizationInfo, QuantizationResult
+from mono_quant_fx.result import QuantizationResult
 from mono_quant_fx.saving import DIGESTS, FORMAT_VERSION, KEY
 from mono_quant_fx.statements import graph_faults, table_faults
 from mono_quant_fx.surroundings import in_plain_surroundings
@@ -134,13 +130,8 @@ def _check_type(model: object) -> None:
 def _pipeline(file: Tensors, header: Header) -> Pipeline:
     """The passes after the decisions, on tensors without values."""
     sizes = {e.name: torch.empty(e.shape, dtype=e.dtype, device="meta") for e in file.entries.values()}
-    stages: tuple[Pass, ...] = (PlanRestoration(header.plan, sizes),)
-    if any(entry.activations for entry in header.plan):
-        stages += (ActivationLowering(),)
-    stages += (Int4GroupwiseLowering(), DequantFusion(header.config.compute))
-    if header.config.merge_linears:
-        stages += (LinearMerging(),)
-    return Pipeline(stages)
+    activations = any(entry.activations for entry in header.plan)
+    return Pipeline((PlanRestoration(header.plan, sizes), *lowering(header.config, activations=activations)))
 
 
 def _fill(gm: fx.GraphModule, file: Tensors, header: Header) -> None:

@@ -8,17 +8,16 @@ learns what was done to it (see provenance.py).
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from torch import fx
 
-from mono_quant_fx import bisection, graph, pass_html, provenance
+from mono_quant_fx import graph, pass_html, provenance
 from mono_quant_fx.annotation import drop_gone_users
-from mono_quant_fx.bisection_report import Bisection
-from mono_quant_fx.data import Prepare
 from mono_quant_fx.errors import ConfigError, MonoQuantError, PassError, PostconditionError, PreconditionError
 from mono_quant_fx.fingerprint import fingerprint
 from mono_quant_fx.pass_html import PassChange
@@ -109,8 +108,16 @@ Callback = Callable[[Pass, fx.GraphModule, PassResult], Any]
 class Pipeline:
     """Passes in order, and one callback `(pass, graph before, result)` for whoever prints, times or verifies.
 
+    Another pipeline comes of it by name, and this one stays as it is:
+
+    >>> from mono_quant_fx.passes import DequantFusion, LinearMerging, SkipAnnotation
+    >>> pipeline = Pipeline((SkipAnnotation(), DequantFusion()))
+    >>> longer = pipeline.insert_after("dequant-fusion", LinearMerging())
+    >>> [item.name for item in longer.without("skip-annotation").passes]
+    ['dequant-fusion', 'linear-merging']
+
     Raises:
-        ConfigError: something in `passes` is no Pass.
+        ConfigError: something in `passes` is not a Pass, or no pass of the name is there.
     """
 
     passes: tuple[Pass, ...]
@@ -121,6 +128,32 @@ class Pipeline:
         for item in self.passes:
             if not isinstance(item, Pass):
                 raise ConfigError(f"Pipeline: {item!r} is no pass; pass instances such as DequantFusion() are needed")
+
+    def insert_after(self, name: str, *passes: Pass) -> Pipeline:
+        """With `passes`, in this order, behind the pass called `name`."""
+        at = self._find(name) + 1
+        return dataclasses.replace(self, passes=(*self.passes[:at], *passes, *self.passes[at:]))
+
+    def insert_before(self, name: str, *passes: Pass) -> Pipeline:
+        """With `passes`, in this order, ahead of the pass called `name`."""
+        at = self._find(name)
+        return dataclasses.replace(self, passes=(*self.passes[:at], *passes, *self.passes[at:]))
+
+    def replace(self, name: str, *passes: Pass) -> Pipeline:
+        """With `passes` in the place of the pass called `name`."""
+        at = self._find(name)
+        return dataclasses.replace(self, passes=(*self.passes[:at], *passes, *self.passes[at + 1 :]))
+
+    def without(self, name: str) -> Pipeline:
+        """Without the pass called `name`."""
+        return self.replace(name)
+
+    def _find(self, name: str) -> int:
+        names = [item.name for item in self.passes]
+        if names.count(name) != 1:
+            found = "none" if name not in names else f"{names.count(name)}"
+            raise ConfigError(f"Pipeline: {name!r}: {found} of its passes is called that; they are {', '.join(names)}")
+        return names.index(name)
 
     def __call__(self, gm: fx.GraphModule | PassResult) -> PassResult:
         """Runs every pass on the result of the one before; `modified` is True if any of them changed the graph."""
@@ -133,42 +166,6 @@ class Pipeline:
             current, modified = result.graph_module, modified or result.modified
             changes += result.changes
         return PassResult(current, modified, changes)
-
-    def bisect(
-        self,
-        gm: fx.GraphModule | PassResult,
-        data: Iterable[Any],
-        threshold_db: float,
-        *,
-        prepare_batch: Prepare | None = None,
-    ) -> Bisection:
-        """Runs the passes one by one and finds the pass, and in it the node, where accuracy is lost.
-
-        After each pass the model's output is measured against `gm`. For the first pass after which its SQNR is below
-        `threshold_db`, each node is measured against the graph right before that pass, and the error of each that
-        it changed is carried to the output by itself. With many of them that is done on 4 samples, and for the 8
-        costliest on all. A constant counts for the op that reads it. The callback is not called.
-
-        Args:
-            gm: the float graph.
-            data: an iterable of batches to measure on. Passes that need data carry their own.
-            prepare_batch: turns a batch into the model's arguments.
-
-        Raises:
-            ConfigError: threshold_db is no finite number. CalibrationError: no data, data that does not fit, or a graph
-            that does not run (names the pass). PreconditionError: `gm` is no GraphModule, its output holds no
-            floating-point tensor or differs from run to run. PassError: a pass fails.
-
-        >>> import torch
-        >>> import mono_quant_fx as mq
-        >>> _ = torch.manual_seed(0)
-        >>> gm = mq.capture(torch.nn.Sequential(torch.nn.Linear(128, 64)).eval())
-        >>> found = mq.default_pipeline().bisect(gm, [torch.randn(8, 128)], 30.0)
-        >>> found.culprit_pass, found.culprit_node
-        ('int4-lowering', 'linear')
-        """
-        source = gm.graph_module if isinstance(gm, PassResult) else gm
-        return bisection.bisect(self.passes, source, data, threshold_db, prepare_batch)
 
     def _repr_html_(self) -> str:
         return pass_html.pipeline_html(self.passes)

@@ -11,55 +11,10 @@ from mono_quant_fx.config import QuantConfig
 from mono_quant_fx.errors import PreconditionError
 from mono_quant_fx.graph_json import graph_to_json
 from mono_quant_fx.html import Shown, details, escape, frame, grid
+from mono_quant_fx.info import QuantizationInfo
 from mono_quant_fx.saving import write_model
 from mono_quant_fx.surroundings import in_plain_surroundings
 from mono_quant_fx.table import AccuracyTable
-
-
-@dataclass
-class QuantizationInfo:
-    """The figures of one quantization.
-
-    Attributes:
-        bits, group_size, symmetric: the scheme asked for; the table has the one that each layer got.
-        original_bytes, quantized_bytes: everything that the float and the quantized graph store, each tensor once.
-        sqnr_db: of the model output (see AccuracyTable.output_sqnr_db); None where it has none.
-        calibration_samples_used: that were calibrated on; 0 without data.
-        quantized_layers: module (or weight) name -> scheme.
-        skipped_layers: name -> reason.
-        warnings: what check_accuracy_warnings found, and what capture said.
-        seconds: stage -> wall time.
-        measured_on, evaluation_samples: what sqnr_db and the table were measured on, as in AccuracyTable.
-    """
-
-    bits: int
-    group_size: int
-    symmetric: bool
-    original_bytes: int
-    quantized_bytes: int
-    sqnr_db: float | None
-    calibration_samples_used: int
-    quantized_layers: dict[str, str]
-    skipped_layers: dict[str, str]
-    warnings: list[str] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
-    measured_on: str | None = None
-    evaluation_samples: int = 0
-
-    @property
-    def compression_ratio(self) -> float:
-        """original_bytes / quantized_bytes."""
-        return self.original_bytes / max(1, self.quantized_bytes)
-
-    @property
-    def original_size_mb(self) -> float:
-        """original_bytes in MB (10^6 bytes)."""
-        return self.original_bytes / 1e6
-
-    @property
-    def quantized_size_mb(self) -> float:
-        """quantized_bytes in MB (10^6 bytes)."""
-        return self.quantized_bytes / 1e6
 
 
 @dataclass

@@ -12,19 +12,21 @@ from typing import Any
 from torch import fx, nn
 
 from mono_quant_fx.accuracy import weights_table
-from mono_quant_fx.annotation import pending, set_annotation
+from mono_quant_fx.annotation import pending
 from mono_quant_fx.capture_again import capture_without_values
 from mono_quant_fx.checkpoint import Checkpoint, match
 from mono_quant_fx.codes import hollow_codes
-from mono_quant_fx.compiler import info_of
 from mono_quant_fx.config import QuantConfig
 from mono_quant_fx.coverage import coverage_notes
 from mono_quant_fx.errors import CaptureError
 from mono_quant_fx.findings import check_accuracy_warnings
-from mono_quant_fx.pass_base import Pass, Pipeline
-from mono_quant_fx.passes import DequantFusion, Int4GroupwiseLowering, LinearMerging, SkipAnnotation
+from mono_quant_fx.info import QuantizationInfo, info_of
+from mono_quant_fx.pass_base import Pipeline
+from mono_quant_fx.passes import CodeAttachment, SkipAnnotation
+from mono_quant_fx.passes.code_attachment import GivenCodes
+from mono_quant_fx.pipelines import lowering
 from mono_quant_fx.records import to_plain
-from mono_quant_fx.result import QuantizationInfo, QuantizationResult
+from mono_quant_fx.result import QuantizationResult
 from mono_quant_fx.saving import KEY, Stored, header_of, stored_tensors, versions
 from mono_quant_fx.shard_plan import Shard, own_annotations, plan_shards
 from mono_quant_fx.table import AccuracyTable
@@ -118,10 +120,8 @@ def prepare(
         warnings.warn(note, stacklevel=3)
     checkpoint = match(tensors, reference, model)
     decided = SkipAnnotation(config)(reference).graph_module
-    for node, annotation in list(pending(decided)):
-        set_annotation(node, replace(annotation, stored=hollow_codes(annotation)))
-    merge: tuple[Pass, ...] = (LinearMerging(),) if config.merge_linears else ()
-    quantized = Pipeline((Int4GroupwiseLowering(), DequantFusion(config.compute), *merge))(decided).graph_module
+    codes = {annotation.weight: GivenCodes(hollow_codes(annotation)) for _, annotation in pending(decided)}
+    quantized = Pipeline((CodeAttachment(codes), *lowering(config, activations=False)))(decided).graph_module
     stored = stored_tensors(quantized)
     together = [names for _, names in own_annotations(quantized).values()]
     shards = plan_shards(stored, [*together, *stored.stacked.values()], shard_bytes)

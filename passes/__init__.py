@@ -2,6 +2,7 @@
 
 from mono_quant_fx.passes.skip_annotation import SkipAnnotation  # isort: skip
 from mono_quant_fx.passes.plan_restoration import PlanRestoration  # isort: skip
+from mono_quant_fx.passes.code_attachment import CodeAttachment  # isort: skip
 from mono_quant_fx.passes.observer_insertion import ObserverInsertion  # isort: skip
 from mono_quant_fx.passes.calibration_execution import CalibrationExecution  # isort: skip
 from mono_quant_fx.passes.activation_lowering import ActivationLowering  # isort: skip
@@ -14,6 +15,7 @@ __all__ = [
     "ActivationLowering",
     "BiasCorrection",
     "CalibrationExecution",
+    "CodeAttachment",
     "DequantFusion",
     "Int4GroupwiseLowering",
     "LinearMerging",

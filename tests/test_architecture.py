@@ -113,15 +113,18 @@ LAYERS = [
     {"sequential"},
     {"capture_checks"},
     {"capture", "lockstep", "saving"},
+    {"info"},
     {"capture_again", "float_graphs", "result", "statements", "shard_plan", "checkpoint"},
-    {"accuracy", "bisection", "export_compressed_tensors", "foreign_weights"},
+    {"accuracy", "export_compressed_tensors", "foreign_weights"},
     {"pass_base"},
+    {"bisection"},
     {"dequantize_model"},
     {"findings", "coverage", "validation", "shared_codes", "code_summary"},
     {"explanation"},
     {"explain"},
     {"compile_report"},
     {"passes"},
+    {"pipelines"},
     {"compiler", "loading", "import_compressed_tensors", "weight_stream"},
     {"stream_job"},
     {"stream_files"},
@@ -218,8 +221,8 @@ def test_the_public_names_are_there_and_documented():
         value = getattr(mq, name)
         assert value.__doc__ or not callable(value), name
     assert set(mq.passes.__all__) == {
-        "SkipAnnotation", "PlanRestoration", "ObserverInsertion", "CalibrationExecution", "ActivationLowering",
-        "BiasCorrection", "Int4GroupwiseLowering", "DequantFusion", "LinearMerging",
+        "SkipAnnotation", "PlanRestoration", "CodeAttachment", "ObserverInsertion", "CalibrationExecution",
+        "ActivationLowering", "BiasCorrection", "Int4GroupwiseLowering", "DequantFusion", "LinearMerging",
     }  # fmt: skip
 
 

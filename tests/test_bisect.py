@@ -110,7 +110,7 @@ def test_a_pass_that_scales_a_constant_is_found_with_the_op_that_reads_it(model,
     gm, batches = mq.capture(model), data_for(model)
     before = Snapshot(gm)
     factor = 10.0 if target.endswith("bias") else 1.5
-    found = spoiled(pipeline_for(batches), Scaled(target, factor), behind).bisect(gm, batches, THRESHOLD_DB)
+    found = mq.bisect(spoiled(pipeline_for(batches), Scaled(target, factor), behind), gm, batches, THRESHOLD_DB)
     before.check(gm)
     assert (found.culprit_pass, found.culprit_node) == ("scaled", node), found
     assert found.steps[found.culprit_index].output_db < THRESHOLD_DB <= found.steps[found.culprit_index - 1].output_db
@@ -127,7 +127,7 @@ def test_swapped_biases_are_found_at_the_op_that_they_cost_most(behind, pair):
     gm, batches = mq.capture(model), data_for(model)
     names = [f"{name}_bias" for name in pair]
     ops = {"q": "linear", "k": "linear_1", "mix": "linear_2", "out": "linear_3"}
-    found = spoiled(pipeline_for(batches), Swapped(*names), behind).bisect(gm, batches, THRESHOLD_DB)
+    found = mq.bisect(spoiled(pipeline_for(batches), Swapped(*names), behind), gm, batches, THRESHOLD_DB)
     assert found.culprit_pass == "swapped"
     assert {s.node for s in found.suspects} == {ops[name] for name in pair}
     costs = {ops[own]: _cost_of_bias(model, own, other, batches) for own, other in (pair, pair[::-1])}
@@ -149,7 +149,7 @@ def _cost_of_bias(model, own, other, batches):
 def test_an_op_left_out_is_found_at_its_reader():
     model = Reused().eval()
     batches = data_for(model)
-    found = spoiled(pipeline_for(batches), WithoutTanh(), "int4-lowering").bisect(mq.capture(model), batches, 25.0)
+    found = mq.bisect(spoiled(pipeline_for(batches), WithoutTanh(), "int4-lowering"), mq.capture(model), batches, 25.0)
     assert (found.culprit_pass, found.culprit_node) == ("without-tanh", "add"), found
     assert {s.node for s in found.suspects} == {"linear_1", "add"}
     assert found.first_node == "linear_1"
@@ -161,7 +161,7 @@ def test_a_sound_pipeline_has_no_culprit(model, activations):
     model = model().eval()
     batches = data_for(model)
     pipeline = pipeline_for(batches, activations=activations)
-    found = pipeline.bisect(mq.capture(model), batches, THRESHOLD_DB)
+    found = mq.bisect(pipeline, mq.capture(model), batches, THRESHOLD_DB)
     assert found.culprit_pass is found.culprit_node is found.culprit_index is None
     assert [s.pass_name for s in found.steps] == [p.name for p in pipeline.passes]
     assert found.verdict == "no loss: the output stays at or above 25 dB after every pass"
@@ -174,7 +174,7 @@ def test_the_layer_that_rounding_costs_most_is_found_as_brute_force_finds_it():
     with torch.no_grad():
         model.mix.weight[:, 0] *= 40  # an outlier a row: its neighbours are rounded away
     gm, batches = mq.capture(model), data_for(model)
-    found = mq.default_pipeline(mq.QuantConfig(group_size=64)).bisect(gm, batches, 40.0)
+    found = mq.bisect(mq.default_pipeline(mq.QuantConfig(group_size=64)), gm, batches, 40.0)
     assert found.culprit_pass == "int4-lowering"
     alone = {}
     for node, module in (("linear", "q"), ("linear_1", "k"), ("linear_2", "mix"), ("linear_3", "out")):
@@ -190,7 +190,7 @@ def test_the_layer_that_rounding_costs_most_is_found_as_brute_force_finds_it():
 def test_two_runs_say_the_same_and_the_words_are_these():
     gm, batches = mq.capture(MLP().eval()), [torch.randn(8, 64)]
     pipeline = spoiled(pipeline_for(batches), Scaled("fc1.weight_scale"), "int4-lowering")
-    a, b = (pipeline.bisect(gm, batches, THRESHOLD_DB) for _ in range(2))
+    a, b = (mq.bisect(pipeline, gm, batches, THRESHOLD_DB) for _ in range(2))
     assert a == b and str(a) == str(b)
     db = a.steps[a.culprit_index].output_db
     assert str(a).splitlines()[0] == (
@@ -222,14 +222,14 @@ def test_what_only_the_output_says_is_the_outputs_fault():
             output.replace_input_with(last, last.all_input_nodes[0])
 
     gm = mq.capture(nn.Sequential(nn.Linear(8, 8), nn.Tanh()).eval())
-    found = mq.Pipeline((Rewired(),)).bisect(gm, [torch.randn(4, 8) * 5], 30.0)
+    found = mq.bisect(mq.Pipeline((Rewired(),)), gm, [torch.randn(4, 8) * 5], 30.0)
     assert (found.culprit_pass, found.culprit_node, found.suspects) == ("rewired", "output", ())
 
 
 @pytest.mark.parametrize("threshold", [math.nan, math.inf, -math.inf, None, "20", True])
 def test_a_threshold_that_is_no_finite_number_is_refused(threshold):
     with pytest.raises(mq.ConfigError, match=r"threshold_db=.*: a finite number of dB is needed"):
-        mq.default_pipeline().bisect(mq.capture(MLP().eval()), [torch.randn(2, 64)], threshold)
+        mq.bisect(mq.default_pipeline(), mq.capture(MLP().eval()), [torch.randn(2, 64)], threshold)
 
 
 class Indices(nn.Module):
@@ -264,15 +264,15 @@ class Noisy(nn.Module):
 )
 def test_data_and_graphs_that_cannot_be_measured_are_refused(model, data, error, words):
     with pytest.raises(error, match=words):
-        mq.default_pipeline().bisect(mq.capture(model().eval()), data, 20.0)
+        mq.bisect(mq.default_pipeline(), mq.capture(model().eval()), data, 20.0)
 
 
 def test_a_module_is_refused_and_a_pass_result_and_prepare_batch_are_taken():
     with pytest.raises(mq.PreconditionError, match=r"bisect: a GraphModule is needed, not MLP; mq.capture\(model\)"):
-        mq.default_pipeline().bisect(MLP(), [torch.randn(2, 64)], 20.0)
+        mq.bisect(mq.default_pipeline(), MLP(), [torch.randn(2, 64)], 20.0)
     gm = mq.capture(MLP().eval())
     data = [{"x": torch.randn(2, 64), "y": 1}]
-    found = mq.Pipeline(()).bisect(PassResult(gm, False), data, 20.0, prepare_batch=lambda batch: batch["x"])
+    found = mq.bisect(mq.Pipeline(()), PassResult(gm, False), data, 20.0, prepare_batch=lambda batch: batch["x"])
     assert (found.steps, found.culprit_pass, found.samples) == ((), None, 2)
 
 
@@ -294,9 +294,9 @@ def test_a_pass_whose_graph_does_not_run_is_named():
 
     gm, data = mq.capture(MLP().eval()), [torch.randn(2, 64)]
     with pytest.raises(mq.CalibrationError, match=r"bisect: after cut the graph does not run.*at node 'linear_1'"):
-        mq.Pipeline((Cut(),)).bisect(gm, data, 20.0)
+        mq.bisect(mq.Pipeline((Cut(),)), gm, data, 20.0)
     with pytest.raises(mq.CalibrationError, match=r"bisect: after narrow .*the outputs' shapes differ"):
-        mq.Pipeline((Narrow(),)).bisect(gm, data, 20.0)
+        mq.bisect(mq.Pipeline((Narrow(),)), gm, data, 20.0)
 
 
 def test_the_merged_op_that_is_blamed_computes_both():
@@ -325,7 +325,9 @@ def test_the_costliest_node_is_found_among_many_that_are_worse_by_themselves():
     with torch.no_grad():
         for layer in model.layers:
             layer.weight[:, 0] *= 40
-    found = mq.default_pipeline(mq.QuantConfig(group_size=64)).bisect(mq.capture(model), [torch.randn(16, 64)], 40.0)
+    found = mq.bisect(
+        mq.default_pipeline(mq.QuantConfig(group_size=64)), mq.capture(model), [torch.randn(16, 64)], 40.0
+    )
     assert (found.culprit_pass, found.culprit_node) == ("int4-lowering", "linear_10"), found
     assert len(found.suspects) == 8
     assert found.suspects[0].local_db > max(s.local_db for s in found.suspects[1:])
@@ -344,7 +346,7 @@ def test_a_graph_that_writes_its_state_is_bisected_without_a_trace():
 
     gm, batches = mq.capture(Running().eval(), torch.randn(4, 64), method="export"), data_for(None)
     before = Snapshot(gm)
-    found = spoiled(pipeline_for(batches), Scaled("b.weight_scale"), "dequant-fusion").bisect(gm, batches, 25.0)
+    found = mq.bisect(spoiled(pipeline_for(batches), Scaled("b.weight_scale"), "dequant-fusion"), gm, batches, 25.0)
     before.check(gm)
     assert found.culprit_pass == "scaled"
     assert [s.module for s in found.suspects] == ["b"]

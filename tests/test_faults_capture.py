@@ -375,7 +375,7 @@ def test_what_is_no_graph_is_refused_with_the_way_to_one():
         lambda: mq.format_graph(model),
         lambda: mq.diff_graphs(model, model),
         lambda: mq.dequantize_model(model),
-        lambda: mq.default_pipeline().bisect(model, [x], 30.0),
+        lambda: mq.bisect(mq.default_pipeline(), model, [x], 30.0),
         lambda: mq.draw(model),
     ):
         with pytest.raises(

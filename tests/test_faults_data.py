@@ -123,4 +123,4 @@ class TestTheNumberOfABatch:
     def test_bisect_names_it_too(self):
         gm = mq.capture(nn.Sequential(nn.Linear(64, 32)).eval())
         with pytest.raises(mq.CalibrationError, match="batch 3 fails at node 'linear'"):
-            mq.default_pipeline(mq.QuantConfig(group_size=32)).bisect(gm, [*self.DATA, torch.randn(4, 63)], 20.0)
+            mq.bisect(mq.default_pipeline(mq.QuantConfig(group_size=32)), gm, [*self.DATA, torch.randn(4, 63)], 20.0)

@@ -171,3 +171,41 @@ def test_the_result_can_be_copied_and_pickled_state_loads():
     twin.load_state_dict(out.state_dict())
     assert torch.equal(twin(x), out(x))
     assert isinstance(twin, fx.GraphModule)
+
+
+class TestAPipelineIsChangedByName:
+    def test_passes_are_put_in_replaced_and_left_out(self):
+        def names(pipeline):
+            return [item.name for item in pipeline.passes]
+
+        pipeline = mq.default_pipeline()
+        before = names(pipeline)
+        own = mq.passes.DequantFusion("float32")
+        assert names(pipeline.insert_before("int4-lowering", own, own))[1:3] == ["dequant-fusion"] * 2
+        assert pipeline.replace("dequant-fusion", own).passes[2] is own
+        assert names(pipeline.without("linear-merging")) == before[:-1]
+        assert names(pipeline) == before
+
+    @pytest.mark.parametrize(
+        ("change", "words"),
+        [
+            (
+                lambda p: p.without("fusion"),
+                "'fusion': none of its passes is called that; they are skip-annotation, int4",
+            ),
+            (lambda p: p.insert_after("int4-lowering", *p.passes).without("int4-lowering"), "2 of its passes"),
+            (lambda p: p.insert_after("int4-lowering", "mine"), "'mine' is no pass"),
+        ],
+    )
+    def test_what_cannot_be_is_a_config_error(self, change, words):
+        with pytest.raises(mq.ConfigError, match=words):
+            change(mq.default_pipeline())
+
+    @pytest.mark.parametrize(
+        "extra", [{"behind int4-lowering": mq.passes.DequantFusion()}, {3: mq.passes.DequantFusion()}]
+    )
+    def test_quantize_wants_a_place_it_knows(self, extra):
+        with pytest.raises(
+            mq.ConfigError, match="is not 'after NAME' or 'before NAME'; names are skip-annotation, int4"
+        ):
+            mq.quantize(torch.nn.Sequential(torch.nn.Linear(64, 64)).eval(), group_size=32, extra_passes=extra)
