@@ -49,8 +49,9 @@ def quantize(
             tracing succeeds or where data is given (its first batch is the example).
         calibration_data: an iterable of such batches; the first `num_calibration_samples` samples along dim 0 are used.
         evaluation_data: likewise; all of it is what the result is judged on. Without it, calibration data is held out:
-            what it has past the samples to calibrate on (as many again at most), else a fifth of its batches, or of
-            the samples of a single one. Where that cannot be, the table says that the figures are of calibration data.
+            what it has past the samples to calibrate on (as many again at most), else a fifth of its batches, or the
+            last fifth of the samples of fewer than five. Where that cannot be, the table says that the figures are of
+            calibration data.
             Without any data only the weights are judged.
         config: a QuantConfig; `config_fields` are its fields as keywords and win over it.
         prepare_batch: turns a batch of either data into the model's arguments, e.g. ``lambda b: b[0]``.

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
+from typing import Any
 
-from torch import fx
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from mono_quant_fx.collection import Reading, Taken, cut, is_batch_axis
+from mono_quant_fx.data import Batch
 from mono_quant_fx.surroundings import in_plain_surroundings
 from mono_quant_fx.table import CALIBRATION, EVALUATION, HELD_OUT
 
-#: One of so many batches (or samples of a single batch) is held out.
+#: One of so many batches (or samples, of fewer batches) is held out.
 EVERY = 5
 
 
@@ -26,7 +31,7 @@ class Split:
 
 @in_plain_surroundings
 def split(gm: fx.GraphModule, calibration: Reading | None, evaluation: Reading | None, limit: int) -> Split:
-    """Judges on the evaluation data; without, on what the data has past `limit`; else on a fifth of it.
+    """Judges on the evaluation data; without, on what the data has past `limit`, if that is a fifth; else on a fifth.
 
     Args:
         gm: the float graph; runs to see whether a batch may be cut.
@@ -35,38 +40,83 @@ def split(gm: fx.GraphModule, calibration: Reading | None, evaluation: Reading |
     if calibration is None:
         return Split() if evaluation is None else Split(None, evaluation.batches, EVALUATION)
     kept, rest = cut(calibration.batches, limit, gm)
+    is_cut = not calibration.is_all or bool(rest)
     if evaluation is not None:
         judged, measured_on = evaluation.batches, EVALUATION
-    elif rest:
+    elif (EVERY - 1) * rest.samples >= kept.samples:
         judged, measured_on = cut(rest, limit, gm)[0], HELD_OUT
-    else:
-        kept, judged = _hold_out(gm, kept)
-        measured_on = HELD_OUT
-    known = [any(batch.equals(other) for other in kept) for batch in judged]
-    if measured_on == HELD_OUT:  # a loader may repeat itself, and a repeated batch is no unseen one
-        judged = Taken(batch for batch, is_known in zip(judged, known, strict=True) if not is_known)
-    is_cut = bool(rest) or not calibration.is_all
+    else:  # nothing is past the limit, or so little that it would be no judge
+        kept, judged = _hold_out(gm, Taken([*kept, *rest]))
+        measured_on, is_cut = HELD_OUT, not calibration.is_all
+    known = _known_samples(gm, kept, judged)
+    if measured_on == HELD_OUT:  # a loader may repeat itself, and a repeated sample is no unseen one
+        judged = Taken(batch for batch, count in zip(judged, known, strict=True) if count < batch.samples())
     notes = _used(calibration, kept.samples, is_cut, limit)
-    if not judged or all(known):
+    if not judged or sum(known) == judged.samples:
         judged, measured_on = judged or kept, CALIBRATION
     elif measured_on == EVALUATION and any(known):
-        notes += (f"{sum(known)} of the {len(known)} batches of evaluation_data were calibrated on as well",)
+        notes += (f"{sum(known):,} of the {judged.samples:,} samples of evaluation_data were calibrated on as well",)
     return Split(kept, judged, measured_on, notes)
 
 
 def _hold_out(gm: fx.GraphModule, batches: Taken) -> tuple[Taken, Taken]:
-    """Every fifth batch, spread evenly, the last among them; of a single batch a fifth of its samples."""
-    if len(batches) > 1:
-        count = max(1, len(batches) // EVERY)
-        chosen = {(i + 1) * len(batches) // count - 1 for i in range(count)}
-        kept = Taken(batch for i, batch in enumerate(batches) if i not in chosen)
-        return kept, Taken(batch for i, batch in enumerate(batches) if i in chosen)
-    (batch,) = batches
+    """Every fifth batch, spread evenly, the last among them; of fewer batches than five the last fifth of the samples.
+
+    The last batch of a loader is often a small one, which would be no judge alone: the one before it is held out too.
+    """
+    if len(batches) < EVERY:
+        return _hold_out_the_last(gm, batches)
+    kept, judged, count = Taken(), Taken(), len(batches) // EVERY
+    for i in range(count):
+        block = Taken(batches[i * len(batches) // count : (i + 1) * len(batches) // count])
+        held = 1
+        while held < len(block) - 1 and 2 * EVERY * Taken(block[-held:]).samples < block.samples:
+            held += 1
+        kept += block[:-held]
+        judged += block[-held:]
+    return kept, judged
+
+
+def _hold_out_the_last(gm: fx.GraphModule, batches: Taken) -> tuple[Taken, Taken]:
+    """The last fifth of the samples where a batch may be cut there; else the last batch, where there are others."""
+    total = batches.samples
+    if total > 1:
+        kept, judged = cut(batches, total - max(1, total // EVERY), gm)
+        if judged:
+            return kept, judged
+    return (batches, Taken()) if len(batches) == 1 else (Taken(batches[:-1]), Taken(batches[-1:]))
+
+
+def _known_samples(gm: fx.GraphModule, kept: Taken, judged: Taken) -> list[int]:
+    """How many samples of each of the judged batches were calibrated on, whatever batches they came in.
+
+    Where dim 0 is not certainly the batch's, rows are no samples, and only whole batches are compared.
+    """
+    whole = [batch.samples() if any(batch.equals(other) for other in kept) else 0 for batch in judged]
+    seen = {sample for batch in kept for sample in _hashed_samples(batch)}
+    found = [sum(sample in seen for sample in _hashed_samples(batch)) for batch in judged]
+    largest = max((*kept, *judged), key=Batch.samples)
+    if found == whole or not is_batch_axis(gm, largest, largest.samples() // 2):
+        return whole
+    return [max(pair) for pair in zip(whole, found, strict=True)]
+
+
+def _hashed_samples(batch: Batch) -> list[int]:
+    """A hash of each sample: its row of every tensor whose dim 0 is the sample count, and all other values."""
+    values, structure = pytree.tree_flatten((batch.args, batch.kwargs))
     total = batch.samples()
-    at = total - max(1, total // EVERY)
-    if at < 1 or not is_batch_axis(gm, batch, at):
-        return batches, Taken()
-    return Taken([batch.rows(0, at)]), Taken([batch.rows(at, total)])
+    has_rows = [isinstance(v, Tensor) and v.dim() > 0 and v.shape[0] == total for v in values]
+    of_all = hash((repr(structure), *(_content(v) for v, has in zip(values, has_rows, strict=True) if not has)))
+    rows = [map(_content, v) for v, has in zip(values, has_rows, strict=True) if has]
+    return [hash((of_all, *row)) for row in zip(*rows, strict=True)] if rows else [of_all] * total
+
+
+def _content(value: Any) -> Hashable:
+    """Equal for equal tensors and numbers; of anything else the object itself."""
+    if isinstance(value, Tensor) and value.layout is torch.strided:
+        plain = value.detach().resolve_conj().resolve_neg().cpu().contiguous()
+        return value.dtype, value.shape, plain.reshape(-1).view(torch.uint8).numpy().tobytes()
+    return value if isinstance(value, int | float | str) else id(value)
 
 
 def _used(reading: Reading, used: int, is_cut: bool, limit: int) -> tuple[str, ...]:
