@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -70,7 +71,7 @@ class OutputSums:
         (node,) = [n for n in quantized.graph.nodes if n.op == "output"]
         self.structure, self.names = node.args[0], _flat_names(quantized)
         self.dependent = dependent_nodes(quantized)
-        self.found: dict[str, _Sum] = {}
+        self.found: dict[tuple[str, int], _Sum] = {}
 
     def add(self, expected: Any, actual: Any) -> None:
         """Adds the outputs of one batch.
@@ -78,15 +79,16 @@ class OutputSums:
         Raises:
             CalibrationError: the two differ in shapes.
         """
-        pairs = zip(self._named(expected), self._named(actual), strict=True)
+        pairs, seen = zip(self._named(expected), self._named(actual), strict=True), Counter[str]()
         for (name, node, a), (_, _, b) in pairs:
             if isinstance(a, Tensor) and isinstance(b, Tensor):
                 depends = node is not None and self.dependent[node]
-                self.found.setdefault(name, _Sum(depends)).add(a, b)
+                self.found.setdefault((name, seen[name]), _Sum(depends)).add(a, b)
+                seen[name] += 1  # the keys 1 and "1" are two outputs, and so are {"a": {"b": ...}} and {"a.b": ...}
 
     def figures(self) -> tuple[OutputFigure, ...]:
         """Of every tensor among the outputs, in order."""
-        return tuple(total.figure(name) for name, total in self.found.items())
+        return tuple(total.figure(f"{name}#{i + 1}" if i else name) for (name, i), total in self.found.items())
 
     def _named(self, value: Any) -> Iterator[tuple[str, fx.Node | None, Any]]:
         for path, node, leaf in _pair(self.structure, value, ()):

@@ -1,4 +1,4 @@
-"""Faults of what judges: a figure of data that calibration has seen after all, or of next to no data."""
+"""Faults of what judges: figures of data that calibration has seen after all, of next to no data, or of two outputs."""
 
 from __future__ import annotations
 
@@ -94,3 +94,18 @@ def test_samples_of_any_kind_are_told_apart():
             model, calibration_data=given, evaluation_data=[batch(again)], group_size=32, accuracy_warning="ignore"
         )
         assert result.accuracy.measured_on == expected
+
+
+@pytest.mark.parametrize("method", ["symbolic", "export"])
+def test_outputs_of_one_name_have_figures_of_their_own(method):
+    """The keys 1 and "1", or "a.b" and b inside of a, were one output: 100 dB for a head of 16."""
+
+    class Named(MLP):
+        def forward(self, x):
+            return {"a": {"b": super().forward(x)}, "a.b": 1000.0 * x}
+
+    model, data = Named().eval(), [torch.randn(20, 64)]
+    gm = mq.capture(model, data[0], method=method)
+    table = mq.quantize(gm, evaluation_data=data, group_size=32, accuracy_warning="ignore").accuracy
+    assert [(figure.name, figure.depends) for figure in table.outputs] == [("a.b", True), ("a.b#2", False)]
+    assert table.output_sqnr_db < 40
