@@ -17,9 +17,10 @@ import torch
 from torch import fx
 
 from mono_quant_fx.data import Batch
-from mono_quant_fx.graph import constant_nodes
+from mono_quant_fx.graph import constant_nodes, get_tensor
 from mono_quant_fx.noise import Noise
 from mono_quant_fx.run import execute, inputs_of
+from mono_quant_fx.state import written
 
 Visit = Callable[[fx.Node, Any, Any, Any], None]
 
@@ -38,17 +39,25 @@ class Lockstep:
         calls = [n for n in quantized.graph.nodes if n.op.startswith("call_")]
         self.local_at = {n for n in calls if n.name in local_at and n.name in self.twins}
         self._uses_reference, self._uses_quantized, self._uses_local = self._count_uses()
+        own = [get_tensor(gm, node) for gm in (reference, quantized) for node in written(gm)]
+        self._state = [(tensor, tensor.detach().clone()) for tensor in own if tensor is not None]
 
     def run(self, batch: Batch, visit: Visit) -> None:
         """Calls visit(node, reference, accumulated, local or None) for each node of both graphs, in order.
 
-        Random ops draw the same numbers in all versions, and the generator is left as it was.
+        Random ops draw the same numbers in all versions, and the generator is left as it was. So is what the graphs
+        write in place: each batch begins with a cache as it was at first.
 
         Raises:
             CalibrationError: the batch does not fit, or a node fails on it.
         """
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            _Run(self, batch).walk(visit)
+            try:
+                _Run(self, batch).walk(visit)
+            finally:
+                for tensor, before in self._state:
+                    if not torch.equal(tensor, before):  # it may be another's, and was perhaps not written
+                        tensor.copy_(before)
 
     def local_inputs(self, node: fx.Node) -> Iterator[tuple[bool, fx.Node]]:
         """(from the reference?, node) for every value that the local output of `node` is computed from."""

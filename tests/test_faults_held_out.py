@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -109,3 +111,25 @@ def test_outputs_of_one_name_have_figures_of_their_own(method):
     table = mq.quantize(gm, evaluation_data=data, group_size=32, accuracy_warning="ignore").accuracy
     assert [(figure.name, figure.depends) for figure in table.outputs] == [("a.b", True), ("a.b#2", False)]
     assert table.output_sqnr_db < 40
+
+
+@pytest.mark.parametrize("method", ["symbolic", "export"])
+def test_each_batch_is_judged_with_the_state_that_the_model_begins_with(method):
+    """What a batch wrote into a buffer was in the figures of the next one: 24.6 dB where 23.1 are true."""
+
+    class Running(MLP):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("state", torch.zeros(16))
+
+        def forward(self, x):
+            y = super().forward(x)
+            self.state.add_(y.sum(0) ** 2)
+            return y + self.state
+
+    model, data = Running().eval(), [torch.randn(8, 64) for _ in range(3)]
+    gm = mq.capture(model, data[0], method=method)
+    result = mq.quantize(gm, evaluation_data=data, group_size=32, accuracy_warning="ignore")
+    expected = torch.cat([copy.deepcopy(model)(x) for x in data])
+    actual = torch.cat([copy.deepcopy(result.graph_module)(x) for x in data])
+    assert result.info.sqnr_db == pytest.approx(mq.sqnr_db(expected, actual), abs=1e-3)
