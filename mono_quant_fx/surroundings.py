@@ -1,15 +1,16 @@
 """What a caller may have switched on around a call, and what no result may depend on.
 
-Autocast, inference mode, gradients switched off, modes that see every torch function or every op, a default device
-on which the model does not lie: each entry point puts them aside while it works, and back when it is done, so that it
-gives the same bits as without. The default dtype stays, because the user's forward may rely on it; our own tensors say
-their dtype.
+Autocast, inference mode, gradients switched off, modes that see every torch function or every op, products of float32
+in bfloat16, a default device on which the model does not lie: each entry point puts them aside while it works, and back
+when it is done, so that it gives the same bits as without. The default dtype stays, because the user's forward may rely
+on it; our own tensors say their dtype.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, ParamSpec, TypeVar
 
@@ -33,10 +34,42 @@ def plain(*models: Any) -> Iterator[None]:
         _no_function_modes(kinds),
         _disable_current_modes(),
         _no_autocast(),
+        _exact_products,
         torch.inference_mode(False),
         torch.set_grad_enabled(True),
     ):
         yield
+
+
+class _ExactProducts:
+    """Products of float32 in float32, whatever torch.set_float32_matmul_precision allows.
+
+    The switch is the whole process's: the first thread to come puts it aside, and the last to go puts it back. What
+    other threads compute in between is only more exact.
+    """
+
+    def __init__(self) -> None:
+        self.lock, self.inside, self.before = threading.Lock(), 0, list[tuple[Any, str]]()
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if self.inside == 0:
+                inherited = torch.backends.fp32_precision  # type: ignore[attr-defined]
+                found = [(place, place.fp32_precision) for place in _PRODUCTS]
+                self.before = [(p, "none" if v == inherited else v) for p, v in found if v not in ("none", "ieee")]
+                for place, _ in self.before:
+                    place.fp32_precision = "ieee"
+            self.inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            self.inside -= 1
+            for place, value in self.before if self.inside == 0 else ():
+                place.fp32_precision = value
+
+
+_PRODUCTS = (torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv, torch.backends.cuda.matmul)  # type: ignore[attr-defined]
+_exact_products = _ExactProducts()
 
 
 def in_plain_surroundings(work: Callable[P, T]) -> Callable[P, T]:

@@ -49,6 +49,7 @@ MODES = {
     "a function mode": Biased,
     "a dispatch mode": BiasedOps,
     "deterministic": lambda: switched(torch.use_deterministic_algorithms, True, False),
+    "products in bfloat16": lambda: switched(torch.set_float32_matmul_precision, "medium", "highest"),
     "anomalies": lambda: torch.autograd.set_detect_anomaly(True),
 }
 INT8 = {"activations": "int8", "bits": 8, "bias_correction": True, "observer": "histogram"}
@@ -108,6 +109,7 @@ def probe():
         torch.is_autocast_enabled("cpu"), torch.is_inference_mode_enabled(), torch.is_grad_enabled(),
         torch.zeros(2).device, torch.zeros(2).dtype, torch.round(torch.zeros(2)).tolist() if not torch.zeros(2).is_meta
         else None, torch.are_deterministic_algorithms_enabled(), torch.is_anomaly_enabled(),
+        torch.get_float32_matmul_precision(),
     )  # fmt: skip
 
 
