@@ -45,6 +45,7 @@ def export(
         program = torch.export.export(model, batch.args, batch.kwargs, dynamic_shapes=shapes, strict=False)
         plain = _with_plain_names(program, all_names(model))
         gm = program.module()
+        _refuse_transforms(gm)
         for own, tensor in frozen.items():
             name = plain.get(own, own)
             attach(gm, name, tensor, is_persistent(gm, name))
@@ -65,6 +66,20 @@ def _with_plain_names(program: torch.export.ExportedProgram, names: list[str]) -
         held.clear()
         held.update(renamed)
     return plain
+
+
+def _refuse_transforms(gm: fx.GraphModule) -> None:
+    """Raises CaptureError where forward calls torch.func.vmap: its graph switches a state of the whole process.
+
+    One call of the graph switches it on and a later one off, so that what runs node by node, and two graphs in turn,
+    would find it in a wrong state, and a run that fails would leave it on.
+    """
+    for node in gm.graph.nodes:
+        if str(getattr(node.target, "__module__", "")).startswith("torch._functorch"):
+            raise CaptureError(
+                "forward calls torch.func.vmap or another transform of torch.func, which a graph cannot hold; write it "
+                "for the whole batch (torch's layers and products take leading dimensions)"
+            )
 
 
 def _thaw(model: nn.Module) -> dict[str, Tensor]:

@@ -277,6 +277,31 @@ def test_what_is_seeded_in_forward_is_the_same_each_time_and_may_be_a_constant()
 # --- Messages and edges ---
 
 
+class Seeded(Net):
+    def forward(self, x):
+        torch.manual_seed(0)
+        return super().forward(x) + torch.randn(self.a.out_features)
+
+
+def test_what_is_seeded_in_forward_is_no_other_noise_in_an_export_whatever_the_callers_seed():
+    """The graph drew anew at each call, and the check began where the model's own seed does: -0.9 dB."""
+    torch.manual_seed(0)
+    with pytest.raises(mq.CaptureError, match="computes something else than the model"):
+        mq.capture(Seeded().eval(), torch.randn(4, 64), method="export")
+
+
+class Mapped(Net):
+    def forward(self, x):
+        return torch.func.vmap(lambda row: super(Mapped, self).forward(row[None])[0])(x)
+
+
+def test_a_transform_in_forward_is_refused_by_name():
+    """A graph that failed between its calls left the process inside the transform: every later run crashed."""
+    with pytest.raises(mq.CaptureError, match=r"forward calls torch\.func\.vmap or another transform"):
+        mq.capture(Mapped().eval(), torch.randn(4, 64), method="export")
+    assert torch._C._functorch.maybe_get_level(torch.ones(1)) == -1
+
+
 def test_torchscript_is_refused_with_what_to_pass_and_kept_whole_inside_a_model():
     """It gave '_CachedForward' or "no signature found"."""
     model, x = net()
