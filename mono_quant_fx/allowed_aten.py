@@ -8,6 +8,7 @@ What is left out, and why:
 
 - as_strided, _reshape_alias, set_, resize_, unsafe_*, _unsafe_*: sizes, strides and indices are taken on trust.
 - view.dtype and its like: bytes as another type, so that a bool may be neither 0 nor 1.
+- upsample_*.default, given both sizes and scales that contradict them; lstm.data and its like, given a batch of none.
 - empty, empty_like, new_empty, empty_strided: what was in the memory before becomes readable.
 - native_batch_norm, _native_batch_norm_legit, _weight_norm, _softmax, _fft_*, _scaled_dot_product_*, _thnn_*, _cdist_*,
   and every other inner part of an operator: the checks stand in the operator that is called from outside.
@@ -120,8 +121,12 @@ ATEN = {
     ),
 }
 
-#: Overloads of these names that take bytes for another type.
-ATEN_OVERLOADS_REFUSED = "view.dtype view_copy.dtype"
+#: Overloads of these names that take bytes for another type, or do not compare their arguments.
+ATEN_OVERLOADS_REFUSED = (
+    "view.dtype view_copy.dtype upsample_bicubic2d.default upsample_bilinear2d.default upsample_linear1d.default "
+    "upsample_nearest1d.default upsample_nearest2d.default upsample_nearest3d.default upsample_trilinear3d.default "
+    "gru.data lstm.data rnn_relu.data rnn_tanh.data"
+)
 
 #: What to do instead of some that are left out.
 WAYS_OUT = {

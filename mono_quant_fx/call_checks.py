@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import fx
 from torch._ops import OpOverload
+from torch.utils import _pytree as pytree
 
 from mono_quant_fx import allowed_calls
+from mono_quant_fx.checked_calls import LARGEST, bounded
 from mono_quant_fx.errors import GraphFormatError
 from mono_quant_fx.graph_ops import is_method
 from mono_quant_fx.json_values import show
@@ -36,16 +38,26 @@ def check_call(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> No
 
     Raises:
         GraphFormatError: getattr of anything but a known attribute of a node; an operator of Python with too few or too
-            many arguments; an output that is passed in; a number where torch expects a type, a layout or a choice.
+            many arguments; an output that is passed in; a number where torch expects a type, a layout or a choice;
+            a convolution's window that is computed, or past what kernels reckon with.
     """
     if kwargs.get("out") is not None:
         raise GraphFormatError(f"its argument out is {show(kwargs['out'])}; a stored graph may not write into one")
+    name = str(getattr(target, "__name__", "")).partition(".")[0]
+    if name.startswith("conv"):
+        _check_window(args[3:], {k: v for k, v in kwargs.items() if k not in ("input", "self", "weight", "bias")})
     if target is getattr:
         _check_getattr(args, kwargs)
     elif isinstance(target, OpOverload):
         _check_operator(target, args, kwargs)
     elif getattr(target, "__module__", None) == "_operator":
         _check_python_operator(target.__name__, args, kwargs)
+
+
+def _check_window(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    values = (*args, *kwargs.values())
+    if any(isinstance(v, fx.Node) for v in pytree.tree_leaves(values)) or not bounded(values):
+        raise GraphFormatError(f"its window is {show(values)}; numbers of at most {LARGEST}, written out, are needed")
 
 
 def _check_getattr(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

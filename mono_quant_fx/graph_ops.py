@@ -15,6 +15,7 @@ from torch._ops import OpOverload, OpOverloadPacket
 
 from mono_quant_fx import allowed_calls, pure_writes
 from mono_quant_fx.allowed_aten import ATEN, ATEN_OVERLOADS_REFUSED
+from mono_quant_fx.checked_calls import CHECKED
 from mono_quant_fx.errors import GraphFormatError
 from mono_quant_fx.json_values import show
 from mono_quant_fx.ops.registry import NAMESPACE
@@ -61,7 +62,8 @@ def _functions() -> dict[str, Callable[..., Any]]:
 
 @functools.cache
 def _names() -> dict[Callable[..., Any], str]:
-    return {function: name for name, function in reversed(_functions().items())}
+    found = {function: name for name, function in reversed(_functions().items())}
+    return found | {function: name for name, function in CHECKED.items()}
 
 
 def function_name(target: Any) -> str | None:
@@ -80,12 +82,12 @@ def function_name(target: Any) -> str | None:
 
 
 def function_of(name: Any) -> Callable[..., Any]:
-    """The function or operator overload of a name.
+    """The function or operator overload of a name; with a look at its arguments where torch takes them on trust.
 
     Raises:
         GraphFormatError: the list does not hold the name.
     """
-    found = (_functions().get(name) or _overload(name)) if isinstance(name, str) else None
+    found = (CHECKED.get(name) or _functions().get(name) or _overload(name)) if isinstance(name, str) else None
     if found is None:
         raise GraphFormatError(f"it calls {show(name)}, which is not among the functions that a stored graph may call")
     return found

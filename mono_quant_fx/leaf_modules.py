@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mono_quant_fx.checked_calls import LARGEST, bounded
 from mono_quant_fx.errors import GraphFormatError, NotSelfContainedError
 from mono_quant_fx.graph import named_tensors
 from mono_quant_fx.json_values import fields, need, value_from_json, value_to_json
@@ -162,6 +163,7 @@ def leaf_from_json(data: Any, tensors: int) -> nn.Module:
     fields(data, name, "class args", "parts")
     given = fields(data["args"], f"{name}'s args", " ".join(ARGUMENTS[name]))
     values = {a: value_from_json(v) for a, v in given.items()}
+    need(bounded(values), f"{name}'s args", given, f"no number is above {LARGEST}")
     layers = values.get("num_layers", 1)
     need(
         type(layers) is int and 0 < layers <= max(1, tensors), "num_layers", layers, "each layer has tensors of its own"

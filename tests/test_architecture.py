@@ -95,6 +95,7 @@ LAYERS = [
         "json_values",
         "allowed_aten",
         "allowed_calls",
+        "checked_calls",
     },
     {"graph_ops", "tree_json", "leaf_modules", "tensor_table", "guards", "graph_names"},
     {"call_checks", "stored_writes"},

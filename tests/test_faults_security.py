@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from torch import fx, nn
 
 import mono_quant_fx as mq
 from mono_quant_fx import graph_ops
+from mono_quant_fx.checked_calls import CHECKED
 from mono_quant_fx.cli import main
 from mono_quant_fx.graph_json import graph_from_json, graph_to_json
 from mono_quant_fx.saving import KEY
@@ -66,6 +68,11 @@ HOSTILE = {
     "an output that is passed in": called("torch.add", X, out=X),
     "more arguments than there are": called("aten.relu.default", X, X),
     "an operator without a look": called("aten._foo.default"),
+    "sizes and scales that contradict": called("aten.upsample_trilinear3d.default", [4, 2, 1], False, 1e-30, 0.0, None),
+    "recurrence over no batches": called("aten.gru.data", X, X, [X, X, X, X], True, 1, 0.0, False, False),
+    "padding that overflows": called("aten.conv3d.default", X, None, [1, 1, 1], [1 << 61, 1, 0]),
+    "padding that overflows in a function": called("torch.nn.functional.conv2d", X, padding=[1 << 61, 1]),
+    "padding that is reckoned": called("torch.conv2d", X, None, 1, X),
 }
 
 
@@ -101,7 +108,8 @@ def test_every_operator_on_the_list_exists_and_none_writes_to_an_output():
         name = op._schema.name.partition("::")[2]
         assert "strided" not in name and "resize" not in name and "unsafe" not in name and "backward" not in name
         assert "empty" not in name and not name.startswith(("set_", "_embedding", "_fft", "_thnn", "_scaled"))
-        assert graph_ops.function_of(str(op)) is op
+        assert graph_ops.function_of(str(op)) in (op, CHECKED.get(str(op)))
+        assert graph_ops.function_name(op) == graph_ops.function_name(graph_ops.function_of(str(op))) == str(op)
 
 
 def test_verify_judges_a_graph_as_load_does(tmp_path, capsys):
@@ -122,6 +130,60 @@ def test_verify_judges_a_graph_as_load_does(tmp_path, capsys):
     assert "'graph' cannot be loaded: node 'bad': it calls 'aten._reshape_alias.default'" in printed
     with pytest.raises(mq.GraphFormatError, match="_reshape_alias"):
         mq.load(path)
+
+
+HUGE = {
+    "aten.max_pool1d.default": [[(1 << 63) - 8]],
+    "torch.max_pool1d": [100, 2, 0, (1 << 63) - 8],
+    "torch.nn.functional.max_pool1d": [(1 << 63) - 8],
+    "torch.nn.functional.lp_pool1d": [{"float": "inf"}, 3037000500, (1 << 63) - 8],
+    "torch.nn.functional.fold": [[8, 8], [2, 2], 1, [1 << 32, 0], 2],
+    "aten.col2im.default": [[8, 8], [2, 2], [1, 1], [1 << 32, 0], [2, 2]],
+}
+
+
+@pytest.mark.parametrize("target", HUGE)
+def test_sizes_of_windows_are_looked_at_when_the_graph_runs(target):
+    """SIGSEGV, where a size overflowed as the kernel reckoned with it."""
+    gm = graph_from_json(called(target, *HUGE[target]), {})
+    with pytest.raises(mq.GraphFormatError, match="sizes of windows are at most 2147483647"):
+        gm(torch.randn(1, 8, 16))
+    with pytest.raises(mq.GraphFormatError, match="at most 2147483647"):
+        copy.deepcopy(gm)(torch.randn(1, 8, 16))
+    assert graph_to_json(gm)["graph"]["nodes"][1]["target"] == target
+    data = graph_to_json(mq.capture(nn.Sequential(nn.MaxPool1d(2)).eval()))
+    data["graph"]["modules"]["0"]["args"]["kernel_size"] = (1 << 63) - 8
+    with pytest.raises(mq.GraphFormatError, match="no number is above 2147483647"):
+        graph_from_json(data, {})
+
+
+class Recurrent(nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.lstm = nn.LSTM(4, 3, **options)
+
+    def forward(self, x):
+        return self.lstm(x)[0]
+
+
+@pytest.mark.parametrize("options", [{"batch_first": True}, {"num_layers": 2, "bidirectional": True, "bias": False},
+                                     {"proj_size": 2, "num_layers": 2}])  # fmt: skip
+def test_an_exported_lstm_is_stored_and_reads_no_weights_of_other_sizes(options):
+    """aten.lstm read and wrote past its tensors where states, weights and input did not fit each other."""
+    x = torch.randn(5, 2, 4)
+    gm = mq.capture(Recurrent(**options).eval(), x, method="export")
+    data, tensors = json.loads(json.dumps(graph_to_json(gm))), dict(gm.state_dict())
+    back = graph_from_json(data, tensors)
+    torch.testing.assert_close(back(x), gm(x))
+    assert any(node.target is CHECKED["aten.lstm.input"] for node in back.graph.nodes)
+    assert graph_to_json(back) == data
+    with pytest.raises(mq.GraphFormatError, match="its states and weights are"):
+        graph_from_json(called("aten.lstm.input", [X, X], [X, X, X, X], True, 1, 0.0, False, False, False), {})(x)
+    name = "lstm.weight_hh_l0"
+    for bad in (torch.zeros(2, 3), tensors[name].double()):
+        data["tensors"][name].update(shape=list(bad.shape), dtype=str(bad.dtype)[6:])
+        with pytest.raises(mq.GraphFormatError, match="its states and weights"):
+            graph_from_json(data, {**tensors, name: bad})(x)
 
 
 def test_an_argument_out_that_is_none_is_no_output():
