@@ -15,9 +15,9 @@ from torch import Tensor, fx, nn
 from mono_quant_fx import graph
 from mono_quant_fx.capture_record import graph_names
 from mono_quant_fx.errors import PlanError
+from mono_quant_fx.files.folder import TensorFolder, Tensors
+from mono_quant_fx.files.wrapped_names import align, few
 from mono_quant_fx.saving import digest
-from mono_quant_fx.tensor_folder import TensorFolder, Tensors
-from mono_quant_fx.wrapped_names import align, few
 
 #: How many names an error lists.
 SHOWN = 5

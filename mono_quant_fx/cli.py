@@ -23,7 +23,7 @@ from mono_quant_fx.cli_report import THRESHOLD, inspect_file, verdict
 from mono_quant_fx.cli_streams import flush_streams, open_closed_streams, say
 from mono_quant_fx.cli_text import FORMATS, PROGRAM, CommandError, Grid, Report, printable
 from mono_quant_fx.errors import AccuracyError
-from mono_quant_fx.tensor_file import TensorFile
+from mono_quant_fx.files.reader import TensorFile
 from mono_quant_fx.verification import verify_file
 from mono_quant_fx.version import __version__
 

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from mono_quant_fx.cli_text import CommandError, printable
-from mono_quant_fx.file_kinds import PICKLED, START, kind_of
+from mono_quant_fx.files.folder import open_tensors
+from mono_quant_fx.files.kinds import PICKLED, START, kind_of
+from mono_quant_fx.files.reader import TensorFile
+from mono_quant_fx.files.wrapped_names import align, few
+from mono_quant_fx.files.writer import naming
 from mono_quant_fx.graph import named_tensors
-from mono_quant_fx.tensor_file import TensorFile
-from mono_quant_fx.tensor_folder import open_tensors
-from mono_quant_fx.tensor_writer import naming
-from mono_quant_fx.wrapped_names import align, few
 
 #: How many differing tensors an error lists.
 SHOWN = 5

@@ -12,10 +12,10 @@ from torch import Tensor, fx, nn
 
 from mono_quant_fx import graph, ops
 from mono_quant_fx.annotation import QuantAnnotation, WeightUser, annotated, stored_weight
-from mono_quant_fx.checkpoint_files import CONFIG, read_json, write_checkpoint
 from mono_quant_fx.checks import whole
 from mono_quant_fx.compressed_tensors_config import Layer, quantization_config
 from mono_quant_fx.errors import CheckpointError, PreconditionError
+from mono_quant_fx.files.checkpoint_files import CONFIG, read_json, write_checkpoint
 from mono_quant_fx.foreign_packing import pack_zero_points
 from mono_quant_fx.merging import LinearCall
 from mono_quant_fx.own_names import own_name

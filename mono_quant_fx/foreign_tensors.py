@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mono_quant_fx.checkpoint_files import Checkpoint
 from mono_quant_fx.config import QuantScheme
 from mono_quant_fx.errors import CheckpointError, ConfigError
+from mono_quant_fx.files.checkpoint_files import Checkpoint
 from mono_quant_fx.numerics import QuantizedWeight, num_groups
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from mono_quant_fx.errors import FileFormatError, GraphFormatError, NotSelfContainedError
-from mono_quant_fx.records import from_plain
+from mono_quant_fx.files.json_records import from_plain
 
 T = TypeVar("T")
 

@@ -18,19 +18,19 @@ from mono_quant_fx.capture_again import capture_again
 from mono_quant_fx.capture_record import CaptureRecord, set_record
 from mono_quant_fx.config import QuantConfig
 from mono_quant_fx.errors import FileFormatError, PlanError
+from mono_quant_fx.files.folder import Tensors, open_tensors
+from mono_quant_fx.files.json_records import from_plain
 from mono_quant_fx.graph_json import graph_from_json
 from mono_quant_fx.info import QuantizationInfo
 from mono_quant_fx.merging import merged_pieces
 from mono_quant_fx.pass_base import Pipeline
 from mono_quant_fx.passes import PlanRestoration
 from mono_quant_fx.pipelines import lowering
-from mono_quant_fx.records import from_plain
 from mono_quant_fx.result import QuantizationResult
 from mono_quant_fx.saving import DIGESTS, FORMAT_VERSION, KEY
 from mono_quant_fx.statements import graph_faults, table_faults
 from mono_quant_fx.surroundings import in_plain_surroundings
 from mono_quant_fx.table import AccuracyTable
-from mono_quant_fx.tensor_folder import Tensors, open_tensors
 
 #: How many differing tensors an error lists.
 SHOWN = 5

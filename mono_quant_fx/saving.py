@@ -31,10 +31,10 @@ from mono_quant_fx import graph
 from mono_quant_fx.annotation import annotated
 from mono_quant_fx.capture_record import get_record
 from mono_quant_fx.config import QuantConfig
+from mono_quant_fx.files.json_records import to_plain
+from mono_quant_fx.files.reader import TensorWriter
 from mono_quant_fx.merging import merged_pieces
-from mono_quant_fx.records import to_plain
 from mono_quant_fx.table import AccuracyTable
-from mono_quant_fx.tensor_file import TensorWriter
 from mono_quant_fx.version import __version__
 
 FORMAT_VERSION = 1

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, fx
 
 from mono_quant_fx.annotation import QuantAnnotation, annotated
+from mono_quant_fx.files.folder import SINGLE
 from mono_quant_fx.saving import DIGESTS, Stored
-from mono_quant_fx.tensor_folder import SINGLE
 
 
 @dataclass(frozen=True)

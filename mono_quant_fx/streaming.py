@@ -113,7 +113,7 @@ def quantize_checkpoint(
 
     >>> import tempfile, torch
     >>> from mono_quant_fx import load
-    >>> from mono_quant_fx.tensor_file import write_tensors
+    >>> from mono_quant_fx.files.reader import write_tensors
     >>> folder, net = tempfile.mkdtemp(), nn.Sequential(nn.Linear(256, 64), nn.ReLU()).eval()
     >>> write_tensors(f"{folder}/float.safetensors", net.state_dict())
     >>> report = quantize_checkpoint(f"{folder}/float.safetensors", net.to("meta"), f"{folder}/int4", group_size=64)

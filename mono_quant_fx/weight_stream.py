@@ -15,10 +15,10 @@ from mono_quant_fx import numerics
 from mono_quant_fx.annotation import QuantAnnotation
 from mono_quant_fx.checkpoint import Checkpoint
 from mono_quant_fx.codes import codes_of
+from mono_quant_fx.files.writer import TensorWriter
 from mono_quant_fx.metrics import ErrorSum
 from mono_quant_fx.saving import DIGESTS
 from mono_quant_fx.shard_plan import Shard
-from mono_quant_fx.tensor_writer import TensorWriter
 from mono_quant_fx.weight_figures import weight_errors
 from mono_quant_fx.workers import Workers
 

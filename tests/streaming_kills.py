@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import mono_quant_fx as mq
-from mono_quant_fx.tensor_file import write_tensors
+from mono_quant_fx.files.reader import write_tensors
 
 SETTINGS = {"group_size": 64, "shard_bytes": 40_000, "accuracy_warning": "ignore", "progress": False}
 

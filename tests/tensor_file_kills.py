@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from mono_quant_fx.tensor_file import TensorFile, write_tensors
+from mono_quant_fx.files.reader import TensorFile, write_tensors
 
 
 def save(path: Path, version: int) -> None:

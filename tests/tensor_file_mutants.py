@@ -15,8 +15,8 @@ import torch
 from safetensors import SafetensorError, deserialize
 
 from mono_quant_fx.errors import FileFormatError
-from mono_quant_fx.tensor_file import TensorFile, write_tensors
-from mono_quant_fx.tensor_header import DTYPE_NAMES
+from mono_quant_fx.files.header import DTYPE_NAMES
+from mono_quant_fx.files.reader import TensorFile, write_tensors
 
 TENSORS = {
     "layer.weight_packed": torch.arange(48, dtype=torch.int32).reshape(8, 6),

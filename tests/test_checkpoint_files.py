@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import mono_quant_fx as mq
-from mono_quant_fx import checkpoint_files
-from mono_quant_fx.checkpoint_files import INDEX, SINGLE, Checkpoint, write_checkpoint
+from mono_quant_fx.files import checkpoint_files
+from mono_quant_fx.files.checkpoint_files import INDEX, SINGLE, Checkpoint, write_checkpoint
 from tests.checkpoint_models import Model, skeleton
 
 TENSORS = {"a": torch.ones(4), "b": torch.zeros(100), "c": torch.arange(6).view(2, 3)[:, 1:]}

@@ -26,7 +26,7 @@ from mono_quant_fx import cli, cli_options, saving
 from mono_quant_fx.cli import main
 from mono_quant_fx.cli_compare import change, differences, loss_verdict
 from mono_quant_fx.cli_text import FORMATS, CommandError, printable
-from mono_quant_fx.tensor_file import TensorFile, TensorWriter
+from mono_quant_fx.files.reader import TensorFile, TensorWriter
 from tests.tensor_file_mutants import mutants
 from tests.test_docs import ROOT, blocks, read, run, stripped
 

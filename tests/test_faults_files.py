@@ -17,13 +17,13 @@ from torch import nn
 
 import mono_quant_fx as mq
 from mono_quant_fx import cli
-from mono_quant_fx.checkpoint_files import Checkpoint
 from mono_quant_fx.cli_inputs import load_checkpoint, read_checkpoint
 from mono_quant_fx.cli_text import CommandError
+from mono_quant_fx.files.checkpoint_files import Checkpoint
+from mono_quant_fx.files.folder import INDEX, SINGLE, open_tensors
+from mono_quant_fx.files.reader import TensorFile
+from mono_quant_fx.files.wrapped_names import align
 from mono_quant_fx.graph_names import check_path
-from mono_quant_fx.tensor_file import TensorFile
-from mono_quant_fx.tensor_folder import INDEX, SINGLE, open_tensors
-from mono_quant_fx.wrapped_names import align
 
 
 def net() -> nn.Module:

@@ -16,9 +16,9 @@ import mono_quant_fx as mq
 from mono_quant_fx import graph_ops
 from mono_quant_fx.checked_calls import CHECKED
 from mono_quant_fx.cli import main
+from mono_quant_fx.files.reader import TensorFile, write_tensors
 from mono_quant_fx.graph_json import graph_from_json, graph_to_json
 from mono_quant_fx.saving import KEY
-from mono_quant_fx.tensor_file import TensorFile, write_tensors
 from tests import graph_fuzz
 
 

@@ -13,9 +13,9 @@ from torch import nn
 
 import mono_quant_fx as mq
 from mono_quant_fx.cli import main
+from mono_quant_fx.files.reader import TensorFile, write_tensors
 from mono_quant_fx.foreign_packing import pack_zero_points
 from mono_quant_fx.saving import KEY
-from mono_quant_fx.tensor_file import TensorFile, write_tensors
 from tests.checkpoint_models import IDS, skeleton
 from tests.test_import_compressed_tensors import export, foreign_folder, put, reconfigure, rewrite
 

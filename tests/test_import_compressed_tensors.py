@@ -13,7 +13,7 @@ from torch import nn
 import mono_quant_fx as mq
 from mono_quant_fx import foreign_packing, numerics
 from mono_quant_fx.annotation import annotated
-from mono_quant_fx.checkpoint_files import Checkpoint
+from mono_quant_fx.files.checkpoint_files import Checkpoint
 from mono_quant_fx.foreign_weights import Reader, Wanted
 from tests.checkpoint_models import IDS, Model, skeleton
 

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 import mono_quant_fx as mq
 from mono_quant_fx import graph, saving
 from mono_quant_fx.annotation import annotated
-from mono_quant_fx.tensor_file import TensorFile, TensorWriter
+from mono_quant_fx.files.reader import TensorFile, TensorWriter
 
 
 class Attention(nn.Module):

@@ -20,9 +20,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import mono_quant_fx as mq
-from mono_quant_fx import tensor_writer
-from mono_quant_fx.tensor_file import TensorFile, TensorWriter, write_tensors
-from mono_quant_fx.tensor_header import DTYPES, PREFIX, layout, parse_header
+from mono_quant_fx.files import writer as tensor_writer
+from mono_quant_fx.files.header import DTYPES, PREFIX, layout, parse_header
+from mono_quant_fx.files.reader import TensorFile, TensorWriter, write_tensors
 
 ROOT = Path(__file__).resolve().parents[1]
 ALL = tuple(DTYPES.values())

@@ -16,9 +16,9 @@ from typing import Any
 from torch import Tensor
 
 from mono_quant_fx.errors import FileFormatError
-from mono_quant_fx.folder_paths import inside, is_plain
-from mono_quant_fx.tensor_file import TensorFile
-from mono_quant_fx.tensor_header import MAX_HEADER, Entry, parse_object, shown
+from mono_quant_fx.files.header import MAX_HEADER, Entry, parse_object, shown
+from mono_quant_fx.files.paths import inside, is_plain
+from mono_quant_fx.files.reader import TensorFile
 
 SINGLE, INDEX, PARTIAL = "model.safetensors", "model.safetensors.index.json", ".partial"
 

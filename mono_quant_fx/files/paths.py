@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mono_quant_fx.errors import FileFormatError
-from mono_quant_fx.tensor_header import shown
+from mono_quant_fx.files.header import shown
 
 
 def is_plain(name: object) -> bool:

@@ -20,9 +20,9 @@ from types import TracebackType
 from typing import Any
 
 from mono_quant_fx.errors import FileFormatError
-from mono_quant_fx.folder_paths import is_plain
-from mono_quant_fx.tensor_file import TensorFile
-from mono_quant_fx.tensor_folder import INDEX, PARTIAL, SINGLE, read_index
+from mono_quant_fx.files.folder import INDEX, PARTIAL, SINGLE, read_index
+from mono_quant_fx.files.paths import is_plain
+from mono_quant_fx.files.reader import TensorFile
 
 try:
     import fcntl

@@ -20,9 +20,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mono_quant_fx.errors import CheckpointError, FileFormatError
-from mono_quant_fx.file_kinds import START, kind_of
-from mono_quant_fx.folder_paths import inside, is_plain
-from mono_quant_fx.wrapped_names import bare
+from mono_quant_fx.files.kinds import START, kind_of
+from mono_quant_fx.files.paths import inside, is_plain
+from mono_quant_fx.files.wrapped_names import bare
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 #: Bytes of JSON that are read: an index of a million tensors is smaller.

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from mono_quant_fx.errors import FileFormatError
-from mono_quant_fx.file_kinds import START, kind_of
-from mono_quant_fx.tensor_header import MAX_HEADER, PREFIX, Entry, fits, parse_header, shown
-from mono_quant_fx.tensor_writer import TensorWriter, memory, naming, write_tensors
+from mono_quant_fx.files.header import MAX_HEADER, PREFIX, Entry, fits, parse_header, shown
+from mono_quant_fx.files.kinds import START, kind_of
+from mono_quant_fx.files.writer import TensorWriter, memory, naming, write_tensors
 
 __all__ = ["Entry", "TensorFile", "TensorWriter", "write_tensors"]
 

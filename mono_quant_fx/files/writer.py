@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mono_quant_fx.errors import FileFormatError
-from mono_quant_fx.tensor_header import Entry, layout, shown
+from mono_quant_fx.files.header import Entry, layout, shown
 
 #: What one call of the system writes: more at once is slower, and between two calls an interrupt gets through.
 _CHUNK = 1 << 20
