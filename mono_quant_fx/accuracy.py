@@ -20,8 +20,8 @@ from mono_quant_fx.judging import with_statuses
 from mono_quant_fx.lockstep import Lockstep
 from mono_quant_fx.metrics import ErrorSum
 from mono_quant_fx.outputs import OutputSums, headline
+from mono_quant_fx.process.surroundings import in_plain_surroundings
 from mono_quant_fx.run import Progress
-from mono_quant_fx.surroundings import in_plain_surroundings
 from mono_quant_fx.table import AccuracyTable
 from mono_quant_fx.table_row import AccuracyRow
 from mono_quant_fx.weight_figures import WeightFigures, rows_of

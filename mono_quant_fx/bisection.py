@@ -25,9 +25,9 @@ from mono_quant_fx.lockstep import Lockstep
 from mono_quant_fx.metrics import ErrorSum
 from mono_quant_fx.noise import Noise
 from mono_quant_fx.pass_base import Pass, PassResult, Pipeline
+from mono_quant_fx.process.surroundings import in_plain_surroundings
 from mono_quant_fx.run import run_batch
 from mono_quant_fx.state import written
-from mono_quant_fx.surroundings import in_plain_surroundings
 
 #: Every node that the pass changed has its own error carried to the output on a few samples, the costliest on all.
 FEW_SAMPLES, MOST_SUSPECTS = 4, 8

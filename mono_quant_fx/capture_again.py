@@ -18,7 +18,7 @@ from mono_quant_fx.data import Batch, to_batch
 from mono_quant_fx.errors import CaptureError, MonoQuantError
 from mono_quant_fx.exporter import export
 from mono_quant_fx.functionalize import input_notes
-from mono_quant_fx.surroundings import plain
+from mono_quant_fx.process.surroundings import plain
 from mono_quant_fx.tracer import trace
 from mono_quant_fx.twins import twin, without_global_hooks
 

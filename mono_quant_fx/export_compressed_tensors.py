@@ -19,8 +19,8 @@ from mono_quant_fx.files.checkpoint_files import CONFIG, read_json, write_checkp
 from mono_quant_fx.foreign_packing import pack_zero_points
 from mono_quant_fx.merging import LinearCall
 from mono_quant_fx.own_names import own_name
+from mono_quant_fx.process.surroundings import in_plain_surroundings
 from mono_quant_fx.result import QuantizationResult
-from mono_quant_fx.surroundings import in_plain_surroundings
 from mono_quant_fx.weight_ops import matrix_shape
 
 _REMEDY = "leave the weight out with modules_to_not_convert"

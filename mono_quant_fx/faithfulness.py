@@ -16,9 +16,9 @@ from mono_quant_fx.agreement import Tolerance, coarsest, difference, tolerance
 from mono_quant_fx.capture_errors import explain_own_failure, reason
 from mono_quant_fx.data import Batch, leaves
 from mono_quant_fx.errors import CaptureError
+from mono_quant_fx.process.this_thread import unheard
 from mono_quant_fx.randomness import own_generators
 from mono_quant_fx.rebinding import check_read, plain_tensors
-from mono_quant_fx.this_thread import unheard
 from mono_quant_fx.untouched import untouched
 from mono_quant_fx.variants import Variant, variants
 

@@ -13,8 +13,8 @@ from torch import Tensor, fx, nn
 from mono_quant_fx import copying
 from mono_quant_fx.errors import PassError, PreconditionError
 from mono_quant_fx.ops.registry import is_ours
+from mono_quant_fx.process.this_thread import unheard
 from mono_quant_fx.storage_bytes import stored_bytes
-from mono_quant_fx.this_thread import unheard
 from mono_quant_fx.weight_table import PURE
 
 #: The key of gm.meta that names the tensors that a graph writes.

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from mono_quant_fx.collection import Reading, Taken, cut, is_batch_axis
 from mono_quant_fx.data import Batch
-from mono_quant_fx.surroundings import in_plain_surroundings
+from mono_quant_fx.process.surroundings import in_plain_surroundings
 from mono_quant_fx.table import CALIBRATION, EVALUATION, HELD_OUT
 
 #: One of so many batches (or samples, of fewer batches) is held out.

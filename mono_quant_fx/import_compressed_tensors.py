@@ -27,7 +27,7 @@ from mono_quant_fx.pass_base import Pipeline
 from mono_quant_fx.passes import CodeAttachment, SkipAnnotation
 from mono_quant_fx.passes.code_attachment import GivenCodes
 from mono_quant_fx.pipelines import lowering
-from mono_quant_fx.surroundings import in_plain_surroundings
+from mono_quant_fx.process.surroundings import in_plain_surroundings
 from mono_quant_fx.weight_ops import find_weights, matrix_shape
 
 

@@ -17,7 +17,7 @@ from mono_quant_fx.checked_calls import LARGEST, bounded
 from mono_quant_fx.errors import GraphFormatError, NotSelfContainedError
 from mono_quant_fx.graph import named_tensors
 from mono_quant_fx.json_values import fields, need, value_from_json, value_to_json
-from mono_quant_fx.this_thread import unheard
+from mono_quant_fx.process.this_thread import unheard
 
 _POOL = "kernel_size stride padding dilation return_indices ceil_mode"
 _CONV = "in_channels out_channels kernel_size stride padding"

@@ -26,10 +26,10 @@ from mono_quant_fx.merging import merged_pieces
 from mono_quant_fx.pass_base import Pipeline
 from mono_quant_fx.passes import PlanRestoration
 from mono_quant_fx.pipelines import lowering
+from mono_quant_fx.process.surroundings import in_plain_surroundings
 from mono_quant_fx.result import QuantizationResult
 from mono_quant_fx.saving import DIGESTS, FORMAT_VERSION, KEY
 from mono_quant_fx.statements import graph_faults, table_faults
-from mono_quant_fx.surroundings import in_plain_surroundings
 from mono_quant_fx.table import AccuracyTable
 
 #: How many differing tensors an error lists.

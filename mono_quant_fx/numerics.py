@@ -25,7 +25,7 @@ from torch import Tensor
 
 from mono_quant_fx.config import QuantScheme, check_group_size
 from mono_quant_fx.errors import WeightError
-from mono_quant_fx.surroundings import in_plain_surroundings
+from mono_quant_fx.process.surroundings import in_plain_surroundings
 
 if sys.byteorder != "little":  # the packed words are viewed as bytes
     raise ImportError("mono_quant_fx reads packed words as little-endian bytes; this machine is big-endian")

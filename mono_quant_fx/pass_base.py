@@ -21,7 +21,7 @@ from mono_quant_fx.annotation import drop_gone_users
 from mono_quant_fx.errors import ConfigError, MonoQuantError, PassError, PostconditionError, PreconditionError
 from mono_quant_fx.fingerprint import fingerprint
 from mono_quant_fx.pass_html import PassChange
-from mono_quant_fx.surroundings import in_plain_surroundings
+from mono_quant_fx.process.surroundings import in_plain_surroundings
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.fx._symbolic_trace as torch_trace
 
-from mono_quant_fx.this_thread import ThisThread, told_once
+from mono_quant_fx.process.this_thread import ThisThread, told_once
 
 _LOCK = threading.RLock()
 _DEPTH = [0]

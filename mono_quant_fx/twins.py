@@ -14,7 +14,7 @@ from mono_quant_fx import graph
 from mono_quant_fx.belongings import GLOBAL_HOOKS
 from mono_quant_fx.copying import copied
 from mono_quant_fx.errors import CaptureError
-from mono_quant_fx.this_thread import ThisThread
+from mono_quant_fx.process.this_thread import ThisThread
 
 
 def twin(model: nn.Module) -> nn.Module:

@@ -18,7 +18,7 @@ from mono_quant_fx.collection import collect
 from mono_quant_fx.data import Prepare, leaves
 from mono_quant_fx.float_graphs import both_graphs
 from mono_quant_fx.noise import alike
-from mono_quant_fx.surroundings import in_plain_surroundings
+from mono_quant_fx.process.surroundings import in_plain_surroundings
 
 
 @dataclass(frozen=True)
