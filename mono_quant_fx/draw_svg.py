@@ -7,9 +7,9 @@ import math
 from collections.abc import Collection
 
 from mono_quant_fx.draw_tree import CHAR, HEAD, LINE, PAD, Box
-from mono_quant_fx.html import asset, escape
-from mono_quant_fx.layout import Placement, Wire, place
-from mono_quant_fx.table_html import STATUSES
+from mono_quant_fx.web.layout import Placement, Wire, place
+from mono_quant_fx.web.page import asset, escape
+from mono_quant_fx.web.table import STATUSES
 
 
 class Canvas:

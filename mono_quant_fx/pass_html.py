@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mono_quant_fx.html import details, escape, frame, grid
+from mono_quant_fx.web.page import details, escape, frame, grid
 
 #: So many names of nodes are shown at once.
 SHOWN = 200

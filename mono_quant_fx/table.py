@@ -10,10 +10,10 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from mono_quant_fx import table_html
-from mono_quant_fx.html import Shown
 from mono_quant_fx.outputs import OutputFigure, why_none
 from mono_quant_fx.table_row import AccuracyRow, cells_of, columns_of, db, figures_of, kib, tabulated
+from mono_quant_fx.web import table
+from mono_quant_fx.web.page import Shown
 
 #: What a table was measured on, and what that means.
 EVALUATION, HELD_OUT, CALIBRATION = "evaluation data", "held-out data", "calibration data"
@@ -69,9 +69,9 @@ class AccuracyTable(Shown):
         The few lines of script and style that it needs are part of it; without scripts it is a plain table.
         """
         cells = [cells_of(row) for row in self.rows]
-        rows = [table_html.HtmlRow(c, figures_of(row), row.status) for c, row in zip(cells, self.rows, strict=True)]
+        rows = [table.HtmlRow(c, figures_of(row), row.status) for c, row in zip(cells, self.rows, strict=True)]
         total = self._total()
-        return table_html.render(columns_of([*cells, total]), rows, table_html.HtmlRow(total, {}), self._notes())
+        return table.render(columns_of([*cells, total]), rows, table.HtmlRow(total, {}), self._notes())
 
     def _repr_html_(self) -> str:
         return self.to_html()

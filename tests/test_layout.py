@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mono_quant_fx.layout import BEND, GAP_X, GAP_Y, arrange, place
+from mono_quant_fx.web.layout import BEND, GAP_X, GAP_Y, arrange, place
 
 NUDGE = 1e-6
 

@@ -32,7 +32,7 @@ def escape(text: object) -> str:
 @functools.cache
 def asset(name: str) -> str:
     """A file of web/."""
-    return (files("mono_quant_fx") / "web" / name).read_text(encoding="utf-8").strip()
+    return (files("mono_quant_fx.web") / name).read_text(encoding="utf-8").strip()
 
 
 def frame(body: str, script: str = "") -> str:

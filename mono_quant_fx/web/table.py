@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from mono_quant_fx.html import escape, frame
+from mono_quant_fx.web.page import escape, frame
 
 #: The SQNR that fills a bar.
 FULL_BAR_DB = 60.0
