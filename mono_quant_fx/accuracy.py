@@ -18,7 +18,7 @@ from mono_quant_fx.errors import CalibrationError, PreconditionError
 from mono_quant_fx.float_graphs import both_graphs
 from mono_quant_fx.judging import with_statuses
 from mono_quant_fx.lockstep import Lockstep
-from mono_quant_fx.metrics import ErrorSum
+from mono_quant_fx.numerics.error import ErrorSum
 from mono_quant_fx.outputs import OutputSums, headline
 from mono_quant_fx.process.surroundings import in_plain_surroundings
 from mono_quant_fx.run import Progress

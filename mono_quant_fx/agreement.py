@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mono_quant_fx.metrics import sqnr_db
+from mono_quant_fx.numerics.error import sqnr_db
 
 
 @dataclass(frozen=True)

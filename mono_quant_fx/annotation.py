@@ -15,7 +15,7 @@ from torch import fx
 from mono_quant_fx.arguments import Arg, argument
 from mono_quant_fx.config import QuantScheme
 from mono_quant_fx.graph import get_attribute
-from mono_quant_fx.numerics import QuantizedWeight
+from mono_quant_fx.numerics.affine import QuantizedWeight
 from mono_quant_fx.weight_ops import Weight
 from mono_quant_fx.weight_table import consumption
 

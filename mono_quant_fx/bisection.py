@@ -22,8 +22,8 @@ from mono_quant_fx.data import Batch, Prepare, leaves
 from mono_quant_fx.effects import may_write
 from mono_quant_fx.errors import CalibrationError, ConfigError, PreconditionError
 from mono_quant_fx.lockstep import Lockstep
-from mono_quant_fx.metrics import ErrorSum
 from mono_quant_fx.noise import Noise
+from mono_quant_fx.numerics.error import ErrorSum
 from mono_quant_fx.pass_base import Pass, PassResult, Pipeline
 from mono_quant_fx.process.surroundings import in_plain_surroundings
 from mono_quant_fx.run import run_batch

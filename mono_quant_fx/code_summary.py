@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from mono_quant_fx import numerics
 from mono_quant_fx.annotation import QuantAnnotation, stored_weight
+from mono_quant_fx.numerics import affine
 from mono_quant_fx.weight_ops import matrix_shape
 
 
@@ -52,9 +52,9 @@ def summarize(gm: fx.GraphModule, annotation: QuantAnnotation) -> CodeSummary:
     assert annotation.scheme is not None
     packed, scale, zero_point = stored_weight(gm, annotation)
     columns = matrix_shape(annotation.shape, annotation.layout, annotation.groups)[1]
-    low, high = numerics.code_range(annotation.scheme.bits)
+    low, high = affine.code_range(annotation.scheme.bits)
     counts = torch.zeros(high - low + 1, dtype=torch.int64)
-    step = max(1, numerics.TILE // max(1, columns))
+    step = max(1, affine.TILE // max(1, columns))
     for start in range(0, len(packed), step):
         counts += _counted(packed[start : start + step], columns, low, len(counts))
     wide = scale.detach().double().flatten()
@@ -64,5 +64,5 @@ def summarize(gm: fx.GraphModule, annotation: QuantAnnotation) -> CodeSummary:
 
 
 def _counted(packed: Tensor, columns: int, low: int, codes: int) -> Tensor:
-    q = packed if packed.dtype == torch.int8 else numerics.unpack_int4(packed, columns)
+    q = packed if packed.dtype == torch.int8 else affine.unpack_int4(packed, columns)
     return torch.bincount(q.flatten().int() - low, minlength=codes).cpu()

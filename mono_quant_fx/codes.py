@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mono_quant_fx import numerics
 from mono_quant_fx.annotation import QuantAnnotation
 from mono_quant_fx.errors import WeightError
+from mono_quant_fx.numerics import affine
 from mono_quant_fx.weight_ops import from_matrix, matrix_shape, to_matrix
 
 
-def codes_of(weight: Tensor, annotation: QuantAnnotation, stage: str) -> numerics.QuantizedWeight:
+def codes_of(weight: Tensor, annotation: QuantAnnotation, stage: str) -> affine.QuantizedWeight:
     """The codes that calibration found; without them, the weight rounded to nearest.
 
     Raises:
@@ -22,31 +22,31 @@ def codes_of(weight: Tensor, annotation: QuantAnnotation, stage: str) -> numeric
     assert annotation.scheme is not None
     matrix = to_matrix(weight.detach(), annotation.layout, annotation.groups)
     try:
-        return numerics.quantize_matrix(matrix, annotation.scheme)
+        return affine.quantize_matrix(matrix, annotation.scheme)
     except WeightError as e:
         raise WeightError(f"{stage}: weight {annotation.weight!r} cannot be quantized: {e}") from e
 
 
-def hollow_codes(annotation: QuantAnnotation) -> numerics.QuantizedWeight:
+def hollow_codes(annotation: QuantAnnotation) -> affine.QuantizedWeight:
     """What codes_of gives for a weight, on the meta device."""
     scheme = annotation.scheme
     assert scheme is not None
     rows, columns = matrix_shape(annotation.shape, annotation.layout, annotation.groups)
-    int4, groups = scheme.bits == 4, numerics.num_groups(columns, scheme.group_size)
+    int4, groups = scheme.bits == 4, affine.num_groups(columns, scheme.group_size)
     packed = torch.empty(
         rows, -(-columns // 8) if int4 else columns, dtype=torch.int32 if int4 else torch.int8, device="meta"
     )
     scale = torch.empty(rows, groups, dtype=getattr(torch, annotation.dtype), device="meta")
     zero_point = None if scheme.symmetric else torch.empty(rows, groups, dtype=torch.int8, device="meta")
-    return numerics.QuantizedWeight(packed, scale, zero_point)
+    return affine.QuantizedWeight(packed, scale, zero_point)
 
 
-def restore(stored: numerics.QuantizedWeight, annotation: QuantAnnotation) -> Tensor:
+def restore(stored: affine.QuantizedWeight, annotation: QuantAnnotation) -> Tensor:
     """The float weight, in its own shape, that stored codes stand for."""
     assert annotation.scheme is not None
     rows = stored.weight_packed.shape[0]
     columns = 1
     for size in annotation.shape:
         columns *= size
-    matrix = numerics.dequantize_weight(stored, annotation.scheme.group_size, columns // rows)
+    matrix = affine.dequantize_weight(stored, annotation.scheme.group_size, columns // rows)
     return from_matrix(matrix, annotation.layout, annotation.groups, annotation.shape, lambda op, *args: op(*args))

@@ -23,7 +23,7 @@ from mono_quant_fx.config import QuantConfig
 from mono_quant_fx.dynamo_frames import Fallback, ensure_listening, listen
 from mono_quant_fx.dynamo_graph import lift, rebind
 from mono_quant_fx.errors import ConfigError, PerformanceWarning
-from mono_quant_fx.numerics import QuantizedWeight
+from mono_quant_fx.numerics.affine import QuantizedWeight
 from mono_quant_fx.pass_base import Pipeline
 from mono_quant_fx.passes import CodeAttachment, SkipAnnotation
 from mono_quant_fx.passes.code_attachment import GivenCodes

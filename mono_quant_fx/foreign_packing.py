@@ -14,8 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mono_quant_fx import numerics
-from mono_quant_fx.numerics import QuantizedWeight
+from mono_quant_fx.numerics import affine
+from mono_quant_fx.numerics.affine import QuantizedWeight
 
 
 def unpack_words(words: Tensor, bits: int) -> Tensor:
@@ -39,7 +39,7 @@ def signed(unsigned: Tensor, bits: int) -> Tensor:
 
 def pack_zero_points(zero_point: Tensor) -> Tensor:
     """INT4 zero points int8 [N, G] as compressed-tensors stores them: int32 [ceil(N/8), G]."""
-    return numerics.pack_int4(zero_point.t()).t().contiguous()
+    return affine.pack_int4(zero_point.t()).t().contiguous()
 
 
 def unpack_zero_points(packed: Tensor, rows: int, bits: int = 4) -> Tensor:
@@ -77,7 +77,7 @@ def from_awq(qweight: Tensor, qzeros: Tensor, scales: Tensor) -> QuantizedWeight
     """An AWQ weight of version gemm: qweight int32 [K, N/8], qzeros int32 [G, N/8], scales [G, N]."""
     codes = signed(_in_order(unpack_words(qweight, 4)), 4).t()
     zeros = _in_order(unpack_words(qzeros, 4))
-    return QuantizedWeight(numerics.pack_int4(codes), _dense(scales.t()), _zero_point(zeros, 4))
+    return QuantizedWeight(affine.pack_int4(codes), _dense(scales.t()), _zero_point(zeros, 4))
 
 
 def group_order(g_idx: Tensor, groups: int) -> Tensor | None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from mono_quant_fx.config import QuantScheme
 from mono_quant_fx.errors import CheckpointError, ConfigError
 from mono_quant_fx.files.checkpoint_files import Checkpoint
-from mono_quant_fx.numerics import QuantizedWeight, num_groups
+from mono_quant_fx.numerics.affine import QuantizedWeight, num_groups
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from mono_quant_fx import numerics, ops
+from mono_quant_fx import ops
+from mono_quant_fx.numerics import affine
 
 
 class QuantizedLinearInt4(nn.Module):
@@ -22,7 +23,7 @@ class QuantizedLinearInt4(nn.Module):
     weight_zero_point: Tensor | None
     bias: nn.Parameter | None
 
-    def __init__(self, stored: numerics.QuantizedWeight, in_features: int, group_size: int, bias: Tensor | None = None):
+    def __init__(self, stored: affine.QuantizedWeight, in_features: int, group_size: int, bias: Tensor | None = None):
         super().__init__()
         self.in_features, self.out_features, self.group_size = (
             in_features,
@@ -40,7 +41,7 @@ class QuantizedLinearInt4(nn.Module):
         Raises:
             ConfigError: a bad group_size. WeightError: NaN or infinity in the weight.
         """
-        stored = numerics.quantize_weight_int4(linear.weight.detach(), group_size, 0, symmetric)
+        stored = affine.quantize_weight_int4(linear.weight.detach(), group_size, 0, symmetric)
         return cls(stored, linear.in_features, group_size, linear.bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -57,8 +58,8 @@ class QuantizedLinearInt4(nn.Module):
 
     def dequantize(self) -> Tensor:
         """The float weight [N, K] that the codes stand for, in the scale's dtype."""
-        stored = numerics.QuantizedWeight(self.weight_packed, self.weight_scale, self.weight_zero_point)
-        return numerics.dequantize_weight(stored, self.group_size, self.in_features)
+        stored = affine.QuantizedWeight(self.weight_packed, self.weight_scale, self.weight_zero_point)
+        return affine.dequantize_weight(stored, self.group_size, self.in_features)
 
     def to_float(self) -> nn.Linear:
         """A float layer with the dequantized weight."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mono_quant_fx.errors import CalibrationError, ConfigError
-from mono_quant_fx.numerics import TILE, code_range
+from mono_quant_fx.numerics.affine import TILE, code_range
 
 
 class Observer(nn.Module, ABC):

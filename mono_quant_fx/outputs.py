@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from mono_quant_fx.annotation import annotated
 from mono_quant_fx.errors import CalibrationError
-from mono_quant_fx.metrics import ErrorSum
+from mono_quant_fx.numerics.error import ErrorSum
 from mono_quant_fx.ops.registry import is_ours
 from mono_quant_fx.state import written
 

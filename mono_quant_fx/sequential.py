@@ -21,8 +21,8 @@ from mono_quant_fx.carry import Carry
 from mono_quant_fx.codes import restore
 from mono_quant_fx.data import Batch
 from mono_quant_fx.layer_inputs import Hessian, layer_inputs, no_matrix
+from mono_quant_fx.numerics.rounding import Rounded
 from mono_quant_fx.observers import Observer
-from mono_quant_fx.rounding import Rounded
 from mono_quant_fx.run import check_finite, node_error
 from mono_quant_fx.weight_ops import matrix_shape
 from mono_quant_fx.weight_table import consumption

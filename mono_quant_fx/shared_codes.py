@@ -13,7 +13,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from mono_quant_fx.annotation import QuantAnnotation
 from mono_quant_fx.codes import codes_of
 from mono_quant_fx.errors import WeightError
-from mono_quant_fx.numerics import QuantizedWeight
+from mono_quant_fx.numerics.affine import QuantizedWeight
 from mono_quant_fx.weight_figures import weight_sqnr_db
 
 Stamp = tuple[int, int]

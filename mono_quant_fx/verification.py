@@ -15,7 +15,7 @@ from mono_quant_fx.errors import FileFormatError, GraphFormatError
 from mono_quant_fx.files.header import DTYPE_NAMES, Entry, shown
 from mono_quant_fx.files.reader import TensorFile
 from mono_quant_fx.loading import Header, own_graph, read_header
-from mono_quant_fx.numerics import code_range, num_groups
+from mono_quant_fx.numerics.affine import code_range, num_groups
 from mono_quant_fx.process.surroundings import in_plain_surroundings
 from mono_quant_fx.saving import DIGESTS
 from mono_quant_fx.statements import graph_faults, table_faults

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx
 
-from mono_quant_fx import graph, numerics
+from mono_quant_fx import graph
 from mono_quant_fx.annotation import ObservedInput, QuantAnnotation, stored_weight
 from mono_quant_fx.errors import PreconditionError
-from mono_quant_fx.metrics import ErrorSum
-from mono_quant_fx.normal_weights import normal_sqnr_db
+from mono_quant_fx.numerics import affine
+from mono_quant_fx.numerics.error import ErrorSum
+from mono_quant_fx.numerics.normal_weights import normal_sqnr_db
 from mono_quant_fx.own_names import own_name
 from mono_quant_fx.table_row import AccuracyRow
 from mono_quant_fx.weight_ops import matrix_shape, to_matrix
@@ -95,7 +96,7 @@ class WeightFigures:
         return cls(str(annotation.scheme), weight.nbytes, size, measured, own_name(quantized, annotation.weight))
 
 
-def weight_sqnr_db(weight: Tensor, stored: numerics.QuantizedWeight, annotation: QuantAnnotation) -> float | None:
+def weight_sqnr_db(weight: Tensor, stored: affine.QuantizedWeight, annotation: QuantAnnotation) -> float | None:
     """SQNR of a stored weight against the float one, a tile of rows at a time."""
     total = ErrorSum()
     for error in weight_errors(weight, stored, annotation):
@@ -103,16 +104,16 @@ def weight_sqnr_db(weight: Tensor, stored: numerics.QuantizedWeight, annotation:
     return total.sqnr_db
 
 
-def weight_errors(weight: Tensor, stored: numerics.QuantizedWeight, annotation: QuantAnnotation) -> list[ErrorSum]:
+def weight_errors(weight: Tensor, stored: affine.QuantizedWeight, annotation: QuantAnnotation) -> list[ErrorSum]:
     """The error of a weight, or of some of its rows, a tile of rows at a time."""
     assert annotation.scheme is not None
     errors: list[ErrorSum] = []
     matrix = to_matrix(weight.detach(), annotation.layout, annotation.groups)
-    step = max(1, numerics.TILE // matrix.shape[1])
+    step = max(1, affine.TILE // matrix.shape[1])
     for start in range(0, matrix.shape[0], step):
         rows = slice(start, start + step)
-        part = numerics.QuantizedWeight(*(None if t is None else t[rows] for t in stored))  # type: ignore[arg-type]
+        part = affine.QuantizedWeight(*(None if t is None else t[rows] for t in stored))  # type: ignore[arg-type]
         group_size = annotation.scheme.group_size
         errors.append(ErrorSum())
-        errors[-1].add(matrix[rows], numerics.dequantize_weight(part, group_size, matrix.shape[1]))
+        errors[-1].add(matrix[rows], affine.dequantize_weight(part, group_size, matrix.shape[1]))
     return errors

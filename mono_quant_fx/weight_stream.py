@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mono_quant_fx import numerics
 from mono_quant_fx.annotation import QuantAnnotation
 from mono_quant_fx.checkpoint import Checkpoint
 from mono_quant_fx.codes import codes_of
 from mono_quant_fx.files.writer import TensorWriter
-from mono_quant_fx.metrics import ErrorSum
+from mono_quant_fx.numerics import affine
+from mono_quant_fx.numerics.error import ErrorSum
 from mono_quant_fx.saving import DIGESTS
 from mono_quant_fx.shard_plan import Shard
 from mono_quant_fx.weight_figures import weight_errors
@@ -91,7 +91,7 @@ class WeightStream:
         multiple = 1
         if name in self.weights:  # where tiles begin decides how sums are rounded: blocks are whole tiles
             is_rows = self.weights[name][0].layout == "rows"
-            multiple = max(1, numerics.TILE // columns) if is_rows else rows
+            multiple = max(1, affine.TILE // columns) if is_rows else rows
         step = max(1, BLOCK // (columns * multiple)) * multiple
         return [_Block(name, i, min(rows, i + step), i + step >= rows) for i in range(0, rows, step)]
 

@@ -14,9 +14,9 @@ from mono_quant_fx.arguments import argument
 from mono_quant_fx.collection import collect
 from mono_quant_fx.data import Batch, Prepare
 from mono_quant_fx.errors import WeightError
+from mono_quant_fx.numerics.rounding import Rounded, RoundingOptions, round_weight
 from mono_quant_fx.observers import Observer
 from mono_quant_fx.pass_base import Pass
-from mono_quant_fx.rounding import Rounded, RoundingOptions, round_weight
 from mono_quant_fx.run import Progress, run_batch
 from mono_quant_fx.sequential import SequentialWalk
 from mono_quant_fx.weight_ops import to_matrix

@@ -14,7 +14,7 @@ from mono_quant_fx.annotation import QuantAnnotation, WeightUser, annotated, set
 from mono_quant_fx.arguments import argument
 from mono_quant_fx.biases import add_bias, bias_at
 from mono_quant_fx.errors import PlanError
-from mono_quant_fx.numerics import QuantizedWeight
+from mono_quant_fx.numerics.affine import QuantizedWeight
 from mono_quant_fx.pass_base import Pass
 from mono_quant_fx.weight_ops import Weight, find_weights, hidden_weights, matrix_shape
 

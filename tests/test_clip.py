@@ -4,20 +4,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mono_quant_fx as mq
-from mono_quant_fx import numerics
-from mono_quant_fx.clip import search_qparams
 from mono_quant_fx.config import QuantScheme
-from mono_quant_fx.gptq import hessian_error
-from mono_quant_fx.rounding import RoundingOptions, round_weight
+from mono_quant_fx.numerics import affine
+from mono_quant_fx.numerics.clip import search_qparams
+from mono_quant_fx.numerics.gptq import hessian_error
+from mono_quant_fx.numerics.rounding import RoundingOptions, round_weight
 
 #: Two sums of the same float32 terms, taken in different order.
 SUM = 1e-5
 
 
 def group_errors(w, scale, zero_point, scheme, energy):
-    codes = numerics.quantize(w, scale, zero_point, scheme)
-    error = (w.float() - numerics.dequantize(codes, scale, zero_point, scheme.group_size).float()) ** 2 * energy
-    return torch.cat([part.sum(-1) for part, _ in numerics.grouped(error, scheme.group_size)], 1)
+    codes = affine.quantize(w, scale, zero_point, scheme)
+    error = (w.float() - affine.dequantize(codes, scale, zero_point, scheme.group_size).float()) ** 2 * energy
+    return torch.cat([part.sum(-1) for part, _ in affine.grouped(error, scheme.group_size)], 1)
 
 
 @settings(deadline=None, derandomize=True, max_examples=30)
@@ -26,7 +26,7 @@ def test_no_group_is_worse_than_with_the_scale_of_its_extremes(n, k, group, symm
     generator = torch.Generator().manual_seed(seed)
     w = torch.randn(n, k, generator=generator) ** 3
     energy, scheme = torch.rand(k, generator=generator), QuantScheme(4, group, symmetric)
-    plain = group_errors(w, *numerics.choose_qparams(w, scheme), scheme, energy)
+    plain = group_errors(w, *affine.choose_qparams(w, scheme), scheme, energy)
     found = group_errors(w, *search_qparams(w, scheme, energy), scheme, energy)
     assert (found <= plain * (1 + SUM) + 1e-12).all()
 
@@ -38,7 +38,7 @@ def test_an_outlier_is_clipped_when_it_is_worth_it(symmetric):
     w[:, 0] = 12.0
     silent = torch.ones(128)
     silent[0] = 0.0  # the outlier's column carries nothing
-    plain = group_errors(w, *numerics.choose_qparams(w, scheme), scheme, silent).sum()
+    plain = group_errors(w, *affine.choose_qparams(w, scheme), scheme, silent).sum()
     weighted = group_errors(w, *search_qparams(w, scheme, silent), scheme, silent).sum()
     alike = group_errors(w, *search_qparams(w, scheme), scheme, silent).sum()
     assert weighted < 0.6 * plain
@@ -68,10 +68,10 @@ def test_no_row_that_clip_stores_is_worse_than_rounding_even_where_inputs_are_co
     w, h, scheme = torch.randn(64, 64, generator=generator), x.T @ x, QuantScheme(4, 32, symmetric)
 
     def errors(scale, zero_point):
-        return hessian_error(w, numerics.quantize(w, scale, zero_point, scheme), scale, zero_point, h, scheme)
+        return hessian_error(w, affine.quantize(w, scale, zero_point, scheme), scale, zero_point, h, scheme)
 
-    plain, searched = errors(*numerics.choose_qparams(w, scheme)), errors(*search_qparams(w, scheme, h.diagonal()))
+    plain, searched = errors(*affine.choose_qparams(w, scheme)), errors(*search_qparams(w, scheme, h.diagonal()))
     assert (searched > plain).any() and (searched < plain).any()
     packed, scale, zero_point = round_weight(w, scheme, h[None], RoundingOptions("clip")).stored
-    found = hessian_error(w, numerics.unpack_int4(packed, 64), scale, zero_point, h, scheme)
+    found = hessian_error(w, affine.unpack_int4(packed, 64), scale, zero_point, h, scheme)
     assert torch.equal(found, torch.minimum(plain, searched))

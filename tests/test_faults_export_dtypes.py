@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import mono_quant_fx as mq
-from mono_quant_fx import metrics
 from mono_quant_fx.agreement import COARSE, FINE, HALF, difference
+from mono_quant_fx.numerics import error
 from tests.capture_models import OneLinear
 
 pytestmark = pytest.mark.filterwarnings("ignore:capture. the model fixes")
@@ -125,10 +125,10 @@ def test_weights_beyond_float32_are_refused_by_name(value, words, data):
 
 def test_figures_of_float64_are_taken_in_float64():
     tiny = torch.full((4, 4), 1e-60, dtype=torch.float64)
-    assert metrics.sqnr_db(tiny, torch.zeros_like(tiny)) == 0.0
-    assert metrics.sqnr_db(tiny, tiny * 1.1) == pytest.approx(20.0)
-    assert metrics.sqnr_db(tiny * 1e200, tiny * 1.1e200) == pytest.approx(20.0)
-    assert metrics.max_abs_error(tiny * 1e200, tiny * 1.5e200) == pytest.approx(0.5e140)
+    assert error.sqnr_db(tiny, torch.zeros_like(tiny)) == 0.0
+    assert error.sqnr_db(tiny, tiny * 1.1) == pytest.approx(20.0)
+    assert error.sqnr_db(tiny * 1e200, tiny * 1.1e200) == pytest.approx(20.0)
+    assert error.max_abs_error(tiny * 1e200, tiny * 1.5e200) == pytest.approx(0.5e140)
 
 
 class Cast(OneLinear):

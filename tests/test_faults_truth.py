@@ -10,10 +10,11 @@ from torch import nn
 from torch.nn.utils import prune
 
 import mono_quant_fx as mq
-from mono_quant_fx import judging, numerics
+from mono_quant_fx import judging
 from mono_quant_fx.cli import main
 from mono_quant_fx.files.reader import write_tensors
-from mono_quant_fx.normal_weights import normal_sqnr_db
+from mono_quant_fx.numerics import affine
+from mono_quant_fx.numerics.normal_weights import normal_sqnr_db
 from mono_quant_fx.table_row import AccuracyRow
 from tests.models import MLP, hopeless_
 
@@ -319,7 +320,7 @@ class TestADefaultWarningThatAlwaysFires:
         if scheme == "int4 g128 asym":
             weight = weight[:, : columns // 128 * 128]
         found = mq.QuantScheme.parse(scheme)
-        sampled = mq.sqnr_db(weight, numerics.fake_quantize(weight, found))
+        sampled = mq.sqnr_db(weight, affine.fake_quantize(weight, found))
         assert normal_sqnr_db(found, columns) == pytest.approx(sampled, abs=0.15)
 
     def test_with_data_the_local_output_is_judged_whatever_the_weight(self):

@@ -4,11 +4,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mono_quant_fx as mq
-from mono_quant_fx import gptq as module
-from mono_quant_fx import numerics
-from mono_quant_fx.clip import search_qparams
 from mono_quant_fx.config import QuantScheme
-from mono_quant_fx.gptq import best_rows, damped, gptq, hessian_error
+from mono_quant_fx.numerics import affine
+from mono_quant_fx.numerics import gptq as module
+from mono_quant_fx.numerics.clip import search_qparams
+from mono_quant_fx.numerics.gptq import best_rows, damped, gptq, hessian_error
 
 #: Two float32 sums of the same terms.
 SUM = 1e-4
@@ -67,7 +67,7 @@ def test_it_equals_the_textbook(group, activation_order, symmetric, block, monke
     assert symmetric or torch.equal(zero_point, expected_zero)
     expected, _ = textbook(w, h, scheme, 0.01, order, scale, zero_point)
     better = hessian_error(w, expected, scale, zero_point, h, scheme) <= hessian_error(
-        w, numerics.quantize(w, scale, zero_point, scheme), scale, zero_point, h, scheme
+        w, affine.quantize(w, scale, zero_point, scheme), scale, zero_point, h, scheme
     )
     assert better.float().mean() > 0.8
     assert torch.equal(codes[better], expected[better])
@@ -97,7 +97,7 @@ def test_the_error_of_a_row_is_the_sum_over_columns_of_what_each_step_costs():
     scale, _ = search_qparams(w, scheme)
     codes, seen = textbook(w, h, scheme, 0.01, torch.arange(40), scale, None)
     cost = torch.stack([1.0 / inverse[p, p] for p, inverse in eliminate(h, 0.01, torch.arange(40))]).float()
-    step = seen - numerics.dequantize(codes, scale, None, -1)
+    step = seen - affine.dequantize(codes, scale, None, -1)
     found = hessian_error(w, codes, scale, None, damped(h, 0.01), scheme)
     assert torch.allclose((step**2 * cost).sum(1), found, rtol=SUM)
 
@@ -125,7 +125,7 @@ def test_no_row_is_worse_than_plain_rounding_with_the_same_scales(
     scheme = QuantScheme(4, group, symmetric)
     codes, scale, zero_point = gptq(w, h, scheme, activation_order=activation_order, rounds=rounds)
     assert int(codes.min()) >= -8 and int(codes.max()) <= 7
-    plain = hessian_error(w, numerics.quantize(w, scale, zero_point, scheme), scale, zero_point, h, scheme)
+    plain = hessian_error(w, affine.quantize(w, scale, zero_point, scheme), scale, zero_point, h, scheme)
     assert (hessian_error(w, codes, scale, zero_point, h, scheme) <= plain * (1 + SUM)).all()
 
 
@@ -134,8 +134,8 @@ def test_it_is_far_better_than_rounding_where_inputs_are_correlated(activation_o
     w, h = problem(64, 256, samples=2000)
     scheme = QuantScheme(4, 64)
     found = hessian_error(w, *gptq(w, h, scheme, activation_order=activation_order), h, scheme).sum()
-    scale, _ = numerics.choose_qparams(w, scheme)
-    plain = hessian_error(w, numerics.quantize(w, scale, None, scheme), scale, None, h, scheme).sum()
+    scale, _ = affine.choose_qparams(w, scheme)
+    plain = hessian_error(w, affine.quantize(w, scale, None, scheme), scale, None, h, scheme).sum()
     assert found < 0.5 * plain
 
 
@@ -143,7 +143,7 @@ def test_columns_without_data_are_rounded_plainly_and_bad_hessians_are_said():
     w, h = problem(4, 32)
     h[:, 5] = h[5] = 0.0
     codes, scale, _ = gptq(w, h, QuantScheme(4, -1))
-    assert torch.equal(codes[:, 5], numerics.quantize(w, scale, None, QuantScheme(4, -1))[:, 5])
+    assert torch.equal(codes[:, 5], affine.quantize(w, scale, None, QuantScheme(4, -1))[:, 5])
     with pytest.raises(
         mq.WeightError, match=r"its Hessian is not positive with damping=0\.01; calibrate on more samples"
     ):

@@ -11,10 +11,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import mono_quant_fx as mq
-from mono_quant_fx import foreign_packing, numerics
+from mono_quant_fx import foreign_packing
 from mono_quant_fx.annotation import annotated
 from mono_quant_fx.files.checkpoint_files import Checkpoint
 from mono_quant_fx.foreign_weights import Reader, Wanted
+from mono_quant_fx.numerics import affine
 from tests.checkpoint_models import IDS, Model, skeleton
 
 law = settings(deadline=None, derandomize=True, max_examples=40)
@@ -106,8 +107,8 @@ def test_an_example_on_the_cpu_captures_a_skeleton_by_export(tmp_path):
 
 def test_no_float_weight_is_made(tmp_path, monkeypatch):
     export(tmp_path, group_size=32)
-    monkeypatch.setattr(numerics, "dequantize_weight", None)
-    monkeypatch.setattr(numerics, "quantize_matrix", None)
+    monkeypatch.setattr(affine, "dequantize_weight", None)
+    monkeypatch.setattr(affine, "quantize_matrix", None)
     gm = mq.import_compressed_tensors(tmp_path, skeleton())
     floats = {n for n, t in gm.state_dict().items() if t.is_floating_point() and t.dim() == 2 and "scale" not in n}
     assert floats == {"embed.weight"}
@@ -186,7 +187,7 @@ def test_gptq_words_mean_what_the_format_says(n8, groups, size8, seed, bits, off
     order = foreign_packing.group_order(g_idx, groups)
     assert torch.equal(order, runs)
     stored = foreign_packing.from_gptq(qweight, qzeros, scales, order if shuffled else None, bits, offset)
-    ours = numerics.dequantize_weight(stored, size if bits == 4 else -1, k)
+    ours = affine.dequantize_weight(stored, size if bits == 4 else -1, k)
     assert torch.equal(ours, published_gptq(qweight, qzeros, scales, g_idx, bits, offset).t())
 
 
@@ -198,7 +199,7 @@ def test_awq_words_mean_what_the_format_says(n8, groups, size8, seed):
     qweight, qzeros = words(generator, k, n // 8), words(generator, groups, n // 8)
     scales = torch.rand(groups, n, generator=generator)
     stored = foreign_packing.from_awq(qweight, qzeros, scales)
-    assert torch.equal(numerics.dequantize_weight(stored, size8 * 8, k), published_awq(qweight, qzeros, scales).t())
+    assert torch.equal(affine.dequantize_weight(stored, size8 * 8, k), published_awq(qweight, qzeros, scales).t())
 
 
 @law

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mono_quant_fx as mq
-from mono_quant_fx.metrics import ErrorSum
+from mono_quant_fx.numerics.error import ErrorSum
 
 #: float64 sums taken in another order.
 SUM_RTOL = 1e-12

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mono_quant_fx as mq
-from mono_quant_fx import numerics
 from mono_quant_fx.config import INT8, QuantScheme
+from mono_quant_fx.numerics import affine
 
 #: Slack on |w - dq| <= scale / 2, in units of the dtype's eps times (scale + |w|): the division, the product and the
 #: rounding of w / scale before a tie each lose at most one unit in the last place.
@@ -40,27 +40,27 @@ def per_column(qparams, group_size, k):
 
 
 def columns_of(stored, scheme, k):
-    return stored.weight_packed if scheme.bits == 8 else numerics.unpack_int4(stored.weight_packed, k)
+    return stored.weight_packed if scheme.bits == 8 else affine.unpack_int4(stored.weight_packed, k)
 
 
 @law
 @given(n=rows, k=columns, seed=seeds)
 def test_unpack_is_the_inverse_of_pack(n, k, seed):
     codes = torch.randint(-8, 8, (n, k), generator=torch.Generator().manual_seed(seed), dtype=torch.int8)
-    packed = numerics.pack_int4(codes)
+    packed = affine.pack_int4(codes)
     assert packed.shape == (n, -(-k // 8)) and packed.dtype == torch.int32
-    assert torch.equal(numerics.unpack_int4(packed, k), codes)
-    assert torch.equal(numerics.unpack_int4(packed.t().contiguous().t(), k), codes)  # any strides
-    assert bool((numerics.unpack_int4(packed, packed.shape[1] * 8)[:, k:] == -8).all())  # unused nibbles are 0
+    assert torch.equal(affine.unpack_int4(packed, k), codes)
+    assert torch.equal(affine.unpack_int4(packed.t().contiguous().t(), k), codes)  # any strides
+    assert bool((affine.unpack_int4(packed, packed.shape[1] * 8)[:, k:] == -8).all())  # unused nibbles are 0
 
 
 @law
 @given(n=rows, k=columns, seed=seeds, scheme=schemes, dtype=st.sampled_from(DTYPES[:3]))
 def test_the_equations_of_the_module_in_float32_group_by_group(n, k, seed, scheme, dtype):
     w = matrix(n, k, seed, dtype)
-    scale, zero_point = numerics.choose_qparams(w, scheme)
-    codes = numerics.quantize(w, scale, zero_point, scheme)
-    size, (qmin, qmax) = (k if scheme.group_size == -1 else scheme.group_size), numerics.code_range(scheme.bits)
+    scale, zero_point = affine.choose_qparams(w, scheme)
+    codes = affine.quantize(w, scale, zero_point, scheme)
+    size, (qmin, qmax) = (k if scheme.group_size == -1 else scheme.group_size), affine.code_range(scheme.bits)
     assert scale.shape == (n, -(-k // size))
     for g, (group, code) in enumerate(zip(w.float().split(size, 1), codes.split(size, 1), strict=True)):
         low, high = group.amin(1).clamp(max=0), group.amax(1).clamp(min=0)
@@ -80,11 +80,11 @@ def test_the_equations_of_the_module_in_float32_group_by_group(n, k, seed, schem
 @given(n=rows, k=columns, seed=seeds, scheme=schemes, dtype=dtypes)
 def test_inside_the_range_the_error_is_half_a_step(n, k, seed, scheme, dtype):
     w = matrix(n, k, seed, dtype)
-    scale, zero_point = numerics.choose_qparams(w, scheme)
-    wide, back = w.double(), numerics.fake_quantize(w, scheme).double()
+    scale, zero_point = affine.choose_qparams(w, scheme)
+    wide, back = w.double(), affine.fake_quantize(w, scheme).double()
     step = per_column(scale, scheme.group_size, k).double()
     zero = 0 if zero_point is None else per_column(zero_point, scheme.group_size, k).double()
-    qmin, qmax = numerics.code_range(scheme.bits)
+    qmin, qmax = affine.code_range(scheme.bits)
     inside = (wide / step >= qmin - 0.5 - zero) & (wide / step <= qmax + 0.5 - zero)
     slack = HALF_STEP_SLACK * max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps) * (step + wide.abs())
     error = (wide - back).abs()
@@ -96,7 +96,7 @@ def test_inside_the_range_the_error_is_half_a_step(n, k, seed, scheme, dtype):
 @given(n=st.integers(2, 9), k=columns, seed=seeds, scheme=schemes)
 def test_permuting_rows_permutes_codes_and_scales(n, k, seed, scheme):
     w, order = matrix(n, k, seed), torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-    plain, permuted = numerics.quantize_matrix(w, scheme), numerics.quantize_matrix(w[order], scheme)
+    plain, permuted = affine.quantize_matrix(w, scheme), affine.quantize_matrix(w[order], scheme)
     for a, b in zip(plain, permuted, strict=True):
         assert (a is None and b is None) or torch.equal(a[order], b)
 
@@ -105,20 +105,20 @@ def test_permuting_rows_permutes_codes_and_scales(n, k, seed, scheme):
 @given(n=rows, k=columns, seed=seeds, scheme=schemes, dtype=dtypes)
 def test_packed_storage_stands_for_exactly_the_fake_quantized_weight(n, k, seed, scheme, dtype):
     w = matrix(n, k, seed, dtype)
-    stored = numerics.quantize_matrix(w, scheme)
-    back = numerics.dequantize_weight(stored, scheme.group_size, k)
+    stored = affine.quantize_matrix(w, scheme)
+    back = affine.dequantize_weight(stored, scheme.group_size, k)
     assert back.dtype == dtype and stored.weight_scale.dtype == dtype and back.is_contiguous()
-    assert torch.equal(back, numerics.fake_quantize(w, scheme))
-    assert torch.equal(columns_of(stored, scheme, k), numerics.quantize(w, *stored[1:], scheme))
+    assert torch.equal(back, affine.fake_quantize(w, scheme))
+    assert torch.equal(columns_of(stored, scheme, k), affine.quantize(w, *stored[1:], scheme))
 
 
 @law
 @given(n=rows, k=columns, seed=seeds, scheme=schemes, dtype=dtypes)
 def test_rounding_twice_with_the_same_scales_changes_nothing(n, k, seed, scheme, dtype):
     w = matrix(n, k, seed, dtype)
-    stored = numerics.quantize_matrix(w, scheme)
-    back = numerics.dequantize_weight(stored, scheme.group_size, k)
-    again = numerics.quantize(back, *stored[1:], scheme)
+    stored = affine.quantize_matrix(w, scheme)
+    back = affine.dequantize_weight(stored, scheme.group_size, k)
+    again = affine.quantize(back, *stored[1:], scheme)
     assert torch.equal(again, columns_of(stored, scheme, k))
 
 
@@ -129,9 +129,9 @@ def test_fresh_qparams_find_an_asymmetric_grid_again_where_both_end_codes_are_us
     scheme = QuantScheme(4, group, False)
     codes = torch.randint(-8, 8, (n, 64), generator=generator, dtype=torch.int8)
     codes[:, 0::8], codes[:, 1::8] = -8, 7
-    scale = torch.rand(n, numerics.num_groups(64, group), generator=generator) + 0.5
+    scale = torch.rand(n, affine.num_groups(64, group), generator=generator) + 0.5
     zero_point = torch.randint(-8, 8, scale.shape, generator=generator, dtype=torch.int8)
-    found = numerics.choose_qparams(numerics.dequantize(codes, scale, zero_point, group), scheme)
+    found = affine.choose_qparams(affine.dequantize(codes, scale, zero_point, group), scheme)
     torch.testing.assert_close(found[0], scale, rtol=SCALE_EPS * torch.finfo(torch.float32).eps, atol=0)
     assert torch.equal(found[1], zero_point)
 
@@ -139,9 +139,9 @@ def test_fresh_qparams_find_an_asymmetric_grid_again_where_both_end_codes_are_us
 def test_fresh_symmetric_qparams_move_the_grid():
     # max|w| lies at 7.5 steps, which is no code: so a second rounding with its own scale is another rounding
     scheme = QuantScheme(4, -1)
-    once = numerics.fake_quantize(torch.tensor([[-7.5, 1.0, 3.0]]), scheme)
+    once = affine.fake_quantize(torch.tensor([[-7.5, 1.0, 3.0]]), scheme)
     assert once.tolist() == [[-8.0, 1.0, 3.0]]
-    assert numerics.choose_qparams(once, scheme)[0].item() == pytest.approx(8 / 7.5)
+    assert affine.choose_qparams(once, scheme)[0].item() == pytest.approx(8 / 7.5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -151,13 +151,13 @@ def test_fresh_symmetric_qparams_move_the_grid():
 def test_groups_of_zeros_of_a_constant_and_of_tiny_values(scheme, dtype):
     info = torch.finfo(dtype)
     least = max(info.tiny, torch.finfo(torch.float32).tiny)
-    tiny = numerics.choose_qparams(torch.full((1, 8), info.smallest_normal / 4, dtype=dtype), scheme)[0]
+    tiny = affine.choose_qparams(torch.full((1, 8), info.smallest_normal / 4, dtype=dtype), scheme)[0]
     assert bool((tiny == least).all())  # a smaller scale would be subnormal
-    zeros = numerics.quantize_matrix(torch.zeros(2, 16, dtype=dtype), scheme)
+    zeros = affine.quantize_matrix(torch.zeros(2, 16, dtype=dtype), scheme)
     assert bool((zeros.weight_scale == least).all())
-    assert torch.equal(numerics.dequantize_weight(zeros, scheme.group_size, 16), torch.zeros(2, 16, dtype=dtype))
+    assert torch.equal(affine.dequantize_weight(zeros, scheme.group_size, 16), torch.zeros(2, 16, dtype=dtype))
     for value in (0.7, -0.7):
-        back = numerics.fake_quantize(torch.full((2, 16), value, dtype=dtype), scheme)
+        back = affine.fake_quantize(torch.full((2, 16), value, dtype=dtype), scheme)
         step = 0.7 / ((1 << scheme.bits) - 1) * (2 if scheme.symmetric else 0)  # asymmetric: an end code hits it
         assert bool(((back.double() - value).abs() <= step / 2 + 0.7 * 3 * max(info.eps, 2**-23)).all())
 
@@ -166,7 +166,7 @@ def test_groups_of_zeros_of_a_constant_and_of_tiny_values(scheme, dtype):
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_values_near_the_largest_of_the_dtype_stay_finite(dtype, symmetric):
     w = torch.tensor([[0.9, -0.9, 0.1, 0.0]], dtype=torch.float64).mul(torch.finfo(dtype).max).to(dtype)
-    assert bool(torch.isfinite(numerics.fake_quantize(w, QuantScheme(4, -1, symmetric))).all())
+    assert bool(torch.isfinite(affine.fake_quantize(w, QuantScheme(4, -1, symmetric))).all())
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -188,26 +188,26 @@ def test_nan_and_infinity_are_refused_wherever_they_sit(bad, symmetric, dtype):
 @pytest.mark.parametrize("sign", [1, -1])
 def test_the_largest_number_of_a_dtype_stays_finite(dtype, sign, scheme):
     w = torch.full((1, 8), sign * torch.finfo(dtype).max, dtype=dtype)
-    ratio = numerics.fake_quantize(w, scheme).double() / w.double()
+    ratio = affine.fake_quantize(w, scheme).double() / w.double()
     assert 0.85 < ratio.min() <= ratio.max() <= 1
 
 
 @pytest.mark.parametrize("scheme", [QuantScheme(4, 16), QuantScheme(4, -1, False), INT8], ids=str)
 def test_the_tile_size_never_shows(scheme, monkeypatch):
     w = matrix(13, 45, 1)
-    whole = numerics.quantize_matrix(w, scheme)
-    back = numerics.dequantize_weight(whole, scheme.group_size, 45)
+    whole = affine.quantize_matrix(w, scheme)
+    back = affine.dequantize_weight(whole, scheme.group_size, 45)
     for tile in (1, 45, 100, 13 * 45 - 1, 13 * 45):
-        monkeypatch.setattr(numerics, "TILE", tile)
-        tiled = numerics.quantize_matrix(w, scheme)
+        monkeypatch.setattr(affine, "TILE", tile)
+        tiled = affine.quantize_matrix(w, scheme)
         assert all((a is None and b is None) or torch.equal(a, b) for a, b in zip(whole, tiled, strict=True))
-        assert torch.equal(numerics.dequantize_weight(whole, scheme.group_size, 45), back)
+        assert torch.equal(affine.dequantize_weight(whole, scheme.group_size, 45), back)
 
 
 def test_quantize_weight_int4_takes_any_shape_along_any_axis():
     w = torch.randn(6, 4, 3, 5)
     for axis in (0, 1, 3, -1):
-        expected = numerics.quantize_matrix(w.movedim(axis, 0).flatten(1), QuantScheme(4, 32))
+        expected = affine.quantize_matrix(w.movedim(axis, 0).flatten(1), QuantScheme(4, 32))
         assert all(
             torch.equal(a, b) for a, b in zip(mq.quantize_weight_int4(w, 32, axis)[:2], expected[:2], strict=True)
         )

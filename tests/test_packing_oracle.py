@@ -8,8 +8,8 @@ from compressed_tensors.quantization.quant_args import QuantizationArgs, Quantiz
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mono_quant_fx import numerics
 from mono_quant_fx.config import QuantScheme
+from mono_quant_fx.numerics import affine
 
 GROUPS = [32, 64, 128, -1]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -21,8 +21,8 @@ def quantized(n, k, seed, group_size, symmetric, dtype=torch.float32):
     generator = torch.Generator().manual_seed(seed)
     w = (torch.randn(n, k, generator=generator) + torch.randn(n, 1, generator=generator)).to(dtype)
     scheme = QuantScheme(4, group_size, symmetric)
-    stored = numerics.quantize_matrix(w, scheme)
-    return w, numerics.quantize(w, stored.weight_scale, stored.weight_zero_point, scheme), stored
+    stored = affine.quantize_matrix(w, scheme)
+    return w, affine.quantize(w, stored.weight_scale, stored.weight_zero_point, scheme), stored
 
 
 def arguments(group_size, symmetric):
@@ -47,7 +47,7 @@ def test_the_packed_bytes_are_the_same(n, k, seed, group_size, symmetric):
 def test_each_reads_what_the_other_wrote(n, k, seed, group_size, symmetric):
     _, codes, stored = quantized(n, k, seed, group_size, symmetric)
     assert torch.equal(helpers.unpack_from_int32(stored.weight_packed, 4, torch.Size([n, k])), codes)
-    assert torch.equal(numerics.unpack_int4(helpers.pack_to_int32(codes, 4), k), codes)
+    assert torch.equal(affine.unpack_int4(helpers.pack_to_int32(codes, 4), k), codes)
 
 
 def test_every_code_at_every_place_of_a_word():
@@ -55,7 +55,7 @@ def test_every_code_at_every_place_of_a_word():
     codes = torch.cat(
         [codes, torch.stack([torch.roll(torch.arange(-8, 8, dtype=torch.int8), i)[:8] for i in range(16)])]
     )
-    assert torch.equal(numerics.pack_int4(codes), helpers.pack_to_int32(codes, 4))
+    assert torch.equal(affine.pack_int4(codes), helpers.pack_to_int32(codes, 4))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -71,10 +71,10 @@ def test_the_package_dequantizes_our_storage_to_the_same_bits(group_size, symmet
             stored.weight_zero_point,
             arguments(group_size, symmetric),
         )
-        ours = numerics.dequantize_weight(stored, group_size, k)
+        ours = affine.dequantize_weight(stored, group_size, k)
         assert ours.dtype == theirs.dtype == dtype
         assert torch.equal(ours.view(torch.uint8), theirs.contiguous().view(torch.uint8))
-        assert torch.equal(ours, numerics.dequantize(codes, *stored[1:], group_size))
+        assert torch.equal(ours, affine.dequantize(codes, *stored[1:], group_size))
         assert not torch.equal(ours, w)
 
 
@@ -89,7 +89,7 @@ def test_the_package_rounds_to_the_same_codes_with_our_scales(group_size, symmet
     )
     zero = stored.weight_zero_point
     if zero is not None:  # it adds the zero point before it rounds: a tie may fall to the other side
-        step = numerics.dequantize(codes, stored.weight_scale, zero, group_size) - w
+        step = affine.dequantize(codes, stored.weight_scale, zero, group_size) - w
         near = step.abs() / stored.weight_scale.repeat_interleave(k // stored.weight_scale.shape[1], 1)
         assert bool((near[theirs != codes] > 0.4999).all())
         return

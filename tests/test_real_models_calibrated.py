@@ -9,7 +9,7 @@ import torch
 
 import mono_quant_fx as mq
 from mono_quant_fx import ops
-from mono_quant_fx.metrics import ErrorSum
+from mono_quant_fx.numerics.error import ErrorSum
 from tests.real_models import effnet_lite0, g2p_gru, minilm, smollm2
 
 pytestmark = pytest.mark.slow

@@ -3,9 +3,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mono_quant_fx import numerics, refine
 from mono_quant_fx.config import QuantScheme
-from mono_quant_fx.gptq import damped, gptq, hessian_error
+from mono_quant_fx.numerics import affine, refine
+from mono_quant_fx.numerics.gptq import damped, gptq, hessian_error
 from tests.test_gptq import SUM, problem
 
 #: A scale of float32 by the closed form, and the bottom of a parabola through three float64 errors.
@@ -17,8 +17,8 @@ GAIN = 0.03
 def start(w, scheme, h=None):
     if h is not None:
         return gptq(w, h, scheme)
-    scale, zero_point = numerics.choose_qparams(w, scheme)
-    return numerics.quantize(w, scale, zero_point, scheme), scale, zero_point
+    scale, zero_point = affine.choose_qparams(w, scheme)
+    return affine.quantize(w, scale, zero_point, scheme), scale, zero_point
 
 
 def slow(w, h, scheme, codes, scale, zero_point, sweeps):
@@ -100,7 +100,7 @@ def test_no_row_grows_worse(n, k, group, symmetric, after_gptq, kind, dtype, see
     assert (codes.dtype, scale.dtype, scale.shape) == (torch.int8, dtype, before[1].shape)
     assert int(codes.min()) >= -8 and int(codes.max()) <= 7
     assert bool(torch.isfinite(scale).all()) and bool((scale >= torch.finfo(dtype).tiny).all())
-    assert bool(torch.isfinite(numerics.dequantize(codes, scale, zero_point, group)).all())
+    assert bool(torch.isfinite(affine.dequantize(codes, scale, zero_point, group)).all())
     if symmetric:
         assert zero_point is None
     else:
@@ -124,7 +124,7 @@ def test_what_is_exact_or_without_data_stays(symmetric):
     scheme = QuantScheme(4, 32, symmetric)
     w, h = problem(8, 70)
     before = start(w, scheme)
-    exact = numerics.dequantize(*before, 32)
+    exact = affine.dequantize(*before, 32)
     for weight, matrix in ((exact, h), (w, torch.zeros_like(h))):
         after = refine.refine(weight, matrix, scheme, *before)
         assert all(a is b is None or torch.equal(a, b) for a, b in zip(after, before, strict=True))

@@ -7,7 +7,7 @@ from mono_quant_fx import graph
 from mono_quant_fx.annotation import annotated
 from mono_quant_fx.carry import Carry
 from mono_quant_fx.data import to_batch
-from mono_quant_fx.rounding import RoundingOptions, round_weight
+from mono_quant_fx.numerics.rounding import RoundingOptions, round_weight
 from mono_quant_fx.sequential import SequentialWalk
 from tests.harness import Snapshot, check_pass
 from tests.models import MLP, ConvNet, Reused, TiedLM

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mono_quant_fx import forking, native, numerics
+from mono_quant_fx import forking, native
+from mono_quant_fx.numerics import affine
 from mono_quant_fx.ops.operands import check_places, check_qparams
 from mono_quant_fx.ops.registry import register
 
@@ -26,7 +27,7 @@ def check_int4(packed: Tensor, scale: Tensor, zero_point: Tensor | None, group_s
         packed.shape[1] == (columns + 7) // 8,
         lambda: f"weight_packed has {packed.shape[1]} words a row, but {columns} columns need {(columns + 7) // 8}",
     )
-    shape = (packed.shape[0], numerics.num_groups(columns, group_size))
+    shape = (packed.shape[0], affine.num_groups(columns, group_size))
     check_qparams(scale, zero_point, shape, f"group_size={group_size} needs {shape}")
 
 
@@ -40,21 +41,21 @@ def check_int8(weight: Tensor, scale: Tensor, zero_point: Tensor | None) -> None
 
 def _int4(packed: Tensor, scale: Tensor, zero_point: Tensor | None, group_size: int, in_features: int) -> Tensor:
     check_int4(packed, scale, zero_point, group_size, in_features)
-    stored = numerics.QuantizedWeight(packed, scale, zero_point)
-    return numerics.dequantize_weight(stored, group_size, in_features)
+    stored = affine.QuantizedWeight(packed, scale, zero_point)
+    return affine.dequantize_weight(stored, group_size, in_features)
 
 
 def _int4_cpu(packed: Tensor, scale: Tensor, zero_point: Tensor | None, group_size: int, in_features: int) -> Tensor:
     check_int4(packed, scale, zero_point, group_size, in_features)
-    stored = numerics.QuantizedWeight(packed, scale, zero_point)
+    stored = affine.QuantizedWeight(packed, scale, zero_point)
     return _by_kernel(4, stored, group_size, in_features)
 
 
-def _by_kernel(bits: int, stored: numerics.QuantizedWeight, group_size: int, columns: int) -> Tensor:
+def _by_kernel(bits: int, stored: affine.QuantizedWeight, group_size: int, columns: int) -> Tensor:
     """The kernel's bits are the reference's."""
     forking.settle()
     if native.path() == "torch" or not native.takes(stored) or stored.weight_packed.numel() == 0:
-        return numerics.dequantize_weight(stored, group_size, columns)
+        return affine.dequantize_weight(stored, group_size, columns)
     out = stored.weight_scale.new_empty(stored.weight_packed.shape[0], columns)
     native.dequantize(bits, stored, group_size, out)
     return out
@@ -67,12 +68,12 @@ def _int4_fake(packed: Tensor, scale: Tensor, zero_point: Tensor | None, group_s
 
 def _int8(weight: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
     check_int8(weight, scale, zero_point)
-    return numerics.dequantize(weight, scale, zero_point, -1)
+    return affine.dequantize(weight, scale, zero_point, -1)
 
 
 def _int8_cpu(weight: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
     check_int8(weight, scale, zero_point)
-    return _by_kernel(8, numerics.QuantizedWeight(weight, scale, zero_point), -1, weight.shape[1])
+    return _by_kernel(8, affine.QuantizedWeight(weight, scale, zero_point), -1, weight.shape[1])
 
 
 def _int8_fake(weight: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:

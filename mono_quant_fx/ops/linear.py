@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mono_quant_fx import numerics
+from mono_quant_fx.numerics import affine
 from mono_quant_fx.ops import ways
 from mono_quant_fx.ops.dequantize import check_int4, check_int8, dequantize_int4, dequantize_int8
 from mono_quant_fx.ops.derivative import Derivative, Given
@@ -52,7 +52,7 @@ def _tiled_linear(x: Tensor, rows: int, bias: Tensor | None, tile: Callable[[sli
     bias = None if bias is None else bias.to(x.dtype)
     flat = x.reshape(x.shape[:-1].numel(), x.shape[-1])  # -1 would be any number where there is no column
     out = flat.new_empty(flat.shape[0], rows)
-    step = max(1, numerics.TILE // max(1, x.shape[-1]))
+    step = max(1, affine.TILE // max(1, x.shape[-1]))
     for start in range(0, rows, step):
         at = slice(start, min(start + step, rows))
         weight = tile(at).to(x.dtype).t()
@@ -66,16 +66,16 @@ def _int4(*arguments: Any) -> Tensor:
     x, packed, scale, zero_point, bias, group_size, compute = call
     dtype = x.dtype
     if compute == "bfloat16":
-        x = numerics.round_to_bfloat16(x)
+        x = affine.round_to_bfloat16(x)
     if compute == "int8":
-        x = numerics.round_activations(x, group_size)
+        x = affine.round_activations(x, group_size)
     rows, columns = packed.shape[0], x.shape[-1]
     width = packed.shape[1] * 8
-    scratch = scale.new_empty(min(rows, max(1, numerics.TILE // max(1, columns))), width)
+    scratch = scale.new_empty(min(rows, max(1, affine.TILE // max(1, columns))), width)
 
     def tile(at: slice) -> Tensor:
         zero = None if zero_point is None else zero_point[at]
-        return numerics.dequantize_packed(packed[at], scale[at], zero, group_size, scratch)[:, :columns]
+        return affine.dequantize_packed(packed[at], scale[at], zero, group_size, scratch)[:, :columns]
 
     return _tiled_linear(x, rows, bias, tile).to(dtype)
 
@@ -86,7 +86,7 @@ def _int4_cpu(
     def check() -> None:
         _Int4(x, packed, scale, zero, bias, size, compute).check()
 
-    out, is_finite = ways.linear(4, x, numerics.QuantizedWeight(packed, scale, zero), bias, size, compute, check)
+    out, is_finite = ways.linear(4, x, affine.QuantizedWeight(packed, scale, zero), bias, size, compute, check)
     if out is None:
         return _int4(x, packed, scale, zero, bias, size, compute)
     return out if is_finite else _again(out, x, lambda rows: _int4(rows, packed, scale, zero, bias, size, compute))
@@ -121,7 +121,7 @@ def _int8(x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, b
     _check_int8(x, weight, scale, zero_point, bias)
 
     def tile(at: slice) -> Tensor:
-        return numerics.dequantize(weight[at], scale[at], None if zero_point is None else zero_point[at], -1)
+        return affine.dequantize(weight[at], scale[at], None if zero_point is None else zero_point[at], -1)
 
     return _tiled_linear(x, weight.shape[0], bias, tile)
 
@@ -130,7 +130,7 @@ def _int8_cpu(x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | Non
     def check() -> None:
         _check_int8(x, weight, scale, zero_point, bias)
 
-    out, is_finite = ways.linear(8, x, numerics.QuantizedWeight(weight, scale, zero_point), bias, -1, "auto", check)
+    out, is_finite = ways.linear(8, x, affine.QuantizedWeight(weight, scale, zero_point), bias, -1, "auto", check)
     if out is None:
         return _int8(x, weight, scale, zero_point, bias)
     return out if is_finite else _again(out, x, lambda rows: _int8(rows, weight, scale, zero_point, bias))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from mono_quant_fx.numerics import QuantizedWeight
+from mono_quant_fx.numerics.affine import QuantizedWeight
 from mono_quant_fx.ops.activation import Codes
 from mono_quant_fx.ops.window import Window
 

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mono_quant_fx import forking, numerics
-from mono_quant_fx.numerics import QuantizedWeight
+from mono_quant_fx import forking
+from mono_quant_fx.numerics import affine
+from mono_quant_fx.numerics.affine import QuantizedWeight
 from mono_quant_fx.ops import onednn
 from mono_quant_fx.ops.activation import Codes
 from mono_quant_fx.ops.dequantize import check_int4, check_int8
@@ -44,7 +45,7 @@ def reference_conv(x: Codes, weight: QuantizedWeight, bias: Tensor | None, windo
 def _floats(x: Codes, weight: QuantizedWeight, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     codes, scale, zero_point = weight
     dtype = torch.promote_types(scale.dtype, torch.float32)
-    matrix = numerics.dequantize(codes, scale.to(dtype), zero_point, -1)
+    matrix = affine.dequantize(codes, scale.to(dtype), zero_point, -1)
     return x.values(dtype), matrix, None if bias is None else bias.to(dtype)
 
 

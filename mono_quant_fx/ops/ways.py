@@ -21,8 +21,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mono_quant_fx import forking, native, numerics
-from mono_quant_fx.numerics import QuantizedWeight
+from mono_quant_fx import forking, native
+from mono_quant_fx.numerics import affine
+from mono_quant_fx.numerics.affine import QuantizedWeight
 from mono_quant_fx.ops.operands import check_places
 
 #: Rows of x up to which the first way is always taken, and from which on it never is.
@@ -150,7 +151,7 @@ def linear(
     if compute == "bfloat16":
         x = x.bfloat16()
     if compute == "int8" and plan.kernel != INT8:
-        x = numerics.round_activations(x, group_size)
+        x = affine.round_activations(x, group_size)
     is_rounded = x is not given
     if not x.is_contiguous():
         x = _matrix(x)

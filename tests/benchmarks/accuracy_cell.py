@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 import mono_quant_fx as mq
-from mono_quant_fx.metrics import ErrorSum
+from mono_quant_fx.numerics.error import ErrorSum
 from tests.benchmarks import peers
 from tests.benchmarks.accuracy_cache import ROOT
 from tests.benchmarks.accuracy_settings import BY_NAME, SEED, Setting, Workload, workload

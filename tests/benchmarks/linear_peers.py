@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mono_quant_fx as mq
-from mono_quant_fx import numerics, ops
+from mono_quant_fx import ops
+from mono_quant_fx.numerics import affine
 from tests.benchmarks import peers
 from tests.benchmarks.timing import Run
 
@@ -98,7 +99,7 @@ def aten(shape: Shape) -> Product:
     group_size = shape.group_size
 
     def pack(stored: mq.QuantizedWeight) -> tuple[Tensor, Tensor]:
-        codes = numerics.unpack_int4(stored.weight_packed, shape.columns).int() + 8
+        codes = affine.unpack_int4(stored.weight_packed, shape.columns).int() + 8
         scale = stored.weight_scale.t().bfloat16()
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
         return packed, torch.stack([scale, torch.zeros_like(scale)], -1).contiguous()

@@ -10,8 +10,9 @@ import warnings
 
 import torch
 
-from mono_quant_fx import numerics, ops
+from mono_quant_fx import ops
 from mono_quant_fx.config import QuantScheme
+from mono_quant_fx.numerics import affine
 
 SECONDS = 20
 
@@ -19,8 +20,8 @@ SECONDS = 20
 def calls():
     draw = torch.Generator().manual_seed(0)
     weight, x = torch.randn(256, 256, generator=draw), torch.randn(96, 256, generator=draw)
-    four = numerics.quantize_matrix(weight, QuantScheme(4, 32, True))
-    eight = numerics.quantize_matrix(weight, QuantScheme(8, -1, True))
+    four = affine.quantize_matrix(weight, QuantScheme(4, 32, True))
+    eight = affine.quantize_matrix(weight, QuantScheme(8, -1, True))
     scale, zero = torch.tensor([0.05]), torch.tensor([3], dtype=torch.int8)
     codes, image = torch.ones(96, 256, dtype=torch.int8), torch.ones(4, 16, 32, 32, dtype=torch.int8)
     window = [4, 4], [1, 1], [1, 1], [1, 1], 1

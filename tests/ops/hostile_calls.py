@@ -10,8 +10,9 @@ import warnings
 
 import torch
 
-from mono_quant_fx import numerics, ops
+from mono_quant_fx import ops
 from mono_quant_fx.config import COMPUTE, QuantScheme
+from mono_quant_fx.numerics import affine
 from tests.ops.references import REFERENCES
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -22,7 +23,7 @@ LARGEST = 1 << 22
 
 def stored(draw, bits, rows, columns, group):
     scheme = QuantScheme(bits, group if bits == 4 else -1, draw.random() < 0.5)
-    groups = numerics.num_groups(columns, scheme.group_size)
+    groups = affine.num_groups(columns, scheme.group_size)
     if bits == 4:
         packed = torch.randint(-(2**31), 2**31, (rows, -(-columns // 8)), dtype=torch.int32)
     else:

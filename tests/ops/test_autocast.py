@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 import mono_quant_fx as mq
-from mono_quant_fx import numerics, ops
+from mono_quant_fx import ops
 from mono_quant_fx.config import INT8
+from mono_quant_fx.numerics import affine
 from tests.ops.test_static_int8 import CONVS, conv_case, linear_case
 
 
@@ -18,7 +19,7 @@ def int4(linear):
 
 
 def int8(linear):
-    stored = numerics.quantize_matrix(linear.weight.detach(), INT8)
+    stored = affine.quantize_matrix(linear.weight.detach(), INT8)
     return lambda x, dtype: ops.int8_linear(x, *stored, linear.bias.detach().to(dtype))
 
 

@@ -15,8 +15,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext, is_concrete_int
 
 import mono_quant_fx as mq
-from mono_quant_fx import numerics, ops
+from mono_quant_fx import ops
 from mono_quant_fx.config import INT8, QuantScheme
+from mono_quant_fx.numerics import affine
 
 #: A backend that orders sums in its own way; where the very same operators run, the bits are the same.
 ATOL = 1e-5
@@ -65,7 +66,7 @@ class Dequantized(nn.Module):
 
 def stored(bits, columns, symmetric=True):
     scheme = QuantScheme(4, 32, symmetric) if bits == 4 else INT8
-    return numerics.quantize_matrix(torch.randn(24, columns), scheme)
+    return affine.quantize_matrix(torch.randn(24, columns), scheme)
 
 
 MAKERS = {

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mono_quant_fx import numerics, ops
+from mono_quant_fx import ops
 from mono_quant_fx.config import QuantScheme
+from mono_quant_fx.numerics import affine
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -19,13 +20,13 @@ def weight(dtype=torch.float32, n=12, k=70):
 def int4(dtype, symmetric, group_size=32, k=70):
     scheme = QuantScheme(4, group_size, symmetric)
     w = weight(dtype, k=k)
-    return w, scheme, (*numerics.quantize_matrix(w, scheme), group_size, k)
+    return w, scheme, (*affine.quantize_matrix(w, scheme), group_size, k)
 
 
 def int8(dtype, symmetric):
     scheme = QuantScheme(8, -1, symmetric)
     w = weight(dtype)
-    return w, scheme, tuple(numerics.quantize_matrix(w, scheme))
+    return w, scheme, tuple(affine.quantize_matrix(w, scheme))
 
 
 @dtypes
@@ -42,7 +43,7 @@ def test_opcheck(dtype, symmetric):
 def test_int4_is_the_fake_quantized_weight_to_the_bit(dtype, symmetric, group_size, k):
     w, scheme, args = int4(dtype, symmetric, group_size, k)
     out = ops.dequantize_int4(*args)
-    assert torch.equal(out, numerics.fake_quantize(w, scheme))
+    assert torch.equal(out, affine.fake_quantize(w, scheme))
     assert out.dtype == dtype and out.is_contiguous()
 
 
@@ -51,7 +52,7 @@ def test_int4_is_the_fake_quantized_weight_to_the_bit(dtype, symmetric, group_si
 def test_int8_is_the_fake_quantized_weight_to_the_bit(dtype, symmetric):
     w, scheme, args = int8(dtype, symmetric)
     out = ops.dequantize_int8(*args)
-    assert torch.equal(out, numerics.fake_quantize(w, scheme)) and out.dtype == dtype
+    assert torch.equal(out, affine.fake_quantize(w, scheme)) and out.dtype == dtype
 
 
 def test_strided_storage_reads_the_same():

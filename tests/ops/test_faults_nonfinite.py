@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import mono_quant_fx as mq
-from mono_quant_fx import native, numerics, ops
+from mono_quant_fx import native, ops
 from mono_quant_fx.config import COMPUTE, QuantScheme
+from mono_quant_fx.numerics import affine
 from mono_quant_fx.ops import onednn, ways
 from tests.ops.test_static_int8 import linear_case
 
@@ -35,8 +36,8 @@ def use_way(use, monkeypatch):
 
 def linear(bits, compute, group=40, symmetric=False):
     """(x -> the op's result, the dequantized weight, the bias)."""
-    stored = numerics.quantize_matrix(torch.randn(N, K), QuantScheme(bits, group if bits == 4 else -1, symmetric))
-    weight, bias = numerics.dequantize_weight(stored, group if bits == 4 else -1, K), torch.randn(N)
+    stored = affine.quantize_matrix(torch.randn(N, K), QuantScheme(bits, group if bits == 4 else -1, symmetric))
+    weight, bias = affine.dequantize_weight(stored, group if bits == 4 else -1, K), torch.randn(N)
     if bits == 4:
         return lambda x: ops.int4_linear(x, *stored, bias, group, compute), weight, bias
     return lambda x: ops.int8_linear(x, *stored, bias), weight, bias
@@ -87,16 +88,16 @@ def assert_as_in_floats(actual, x, weight, bias, at, clean, name):
 @pytest.mark.parametrize("path", PATHS)
 def test_a_scale_that_is_not_finite_reaches_its_own_outputs(path, use_way):
     use_way(path, "many")
-    stored = numerics.quantize_matrix(torch.randn(N, K), QuantScheme(4, 24, False))
+    stored = affine.quantize_matrix(torch.randn(N, K), QuantScheme(4, 24, False))
     stored.weight_scale[3, 1], stored.weight_scale[5, 0] = NAN, INF
-    weight = numerics.dequantize_weight(stored, 24, K)
+    weight = affine.dequantize_weight(stored, 24, K)
     for rows in (2, 12):
         x = torch.randn(rows, K)
         actual, expected = ops.int4_linear(x, *stored, None, 24, "float32"), F.linear(x, weight)
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4, equal_nan=True)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         scale = stored.weight_scale.to(dtype)
-        expected = numerics.dequantize_weight(stored._replace(weight_scale=scale), 24, K)
+        expected = affine.dequantize_weight(stored._replace(weight_scale=scale), 24, K)
         actual = ops.dequantize_int4(stored.weight_packed, scale, stored.weight_zero_point, 24, K)
         assert torch.equal(actual.isnan(), expected.isnan()) and torch.equal(actual.isinf(), expected.isinf())
 
@@ -104,17 +105,17 @@ def test_a_scale_that_is_not_finite_reaches_its_own_outputs(path, use_way):
 def test_rounding_to_bfloat16_makes_no_infinity():
     x = torch.tensor([1.0, 3.4e38, -3.4e38, INF, NAN])
     assert x[1].bfloat16().isinf()
-    rounded = numerics.round_to_bfloat16(x)
+    rounded = affine.round_to_bfloat16(x)
     assert torch.equal(rounded.isinf(), x.isinf()) and rounded[4].isnan() and rounded[0] == 1
 
 
 def test_int8_rounding_leaves_a_group_with_infinity_as_it_is():
     x = torch.tensor([[1.0, INF, 0.25, 0.1], [1.0, NAN, 0.25, 0.1]])
-    rounded = numerics.round_activations(x, 2)
+    rounded = affine.round_activations(x, 2)
     assert torch.equal(rounded[:, :2].nan_to_num(7), x[:, :2].nan_to_num(7))
     assert rounded[0, 2:].tolist() == pytest.approx([0.25, 0.1], abs=0.001)
     far = torch.tensor([[1e300, 1e299]], dtype=torch.float64)  # beyond float32
-    torch.testing.assert_close(numerics.round_activations(far, -1), far, rtol=0.03, atol=0)
+    torch.testing.assert_close(affine.round_activations(far, -1), far, rtol=0.03, atol=0)
 
 
 # ---- INT8 activations: codes have no NaN

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mono_quant_fx as mq
-from mono_quant_fx import native, numerics, ops
+from mono_quant_fx import native, ops
 from mono_quant_fx.config import QuantScheme
+from mono_quant_fx.numerics import affine
 from mono_quant_fx.ops import ways
 from tests.ops.test_static_int8 import CONVS, conv_case, linear_case
 
@@ -23,12 +24,12 @@ paths = pytest.mark.parametrize("path", PATHS)
 
 
 def int4_case(rows=24, columns=70, group=32, symmetric=False, batch=5):
-    stored = numerics.quantize_matrix(torch.randn(rows, columns), QuantScheme(4, group, symmetric))
+    stored = affine.quantize_matrix(torch.randn(rows, columns), QuantScheme(4, group, symmetric))
     return torch.randn(batch, columns), *stored, torch.randn(rows), group
 
 
 def int8_case(rows=24, columns=70, symmetric=False, batch=5):
-    stored = numerics.quantize_matrix(torch.randn(rows, columns), QuantScheme(8, -1, symmetric))
+    stored = affine.quantize_matrix(torch.randn(rows, columns), QuantScheme(8, -1, symmetric))
     return torch.randn(batch, columns), *stored, torch.randn(rows)
 
 
@@ -107,13 +108,13 @@ def test_a_zero_point_that_no_code_has_counts_as_it_is(path, rows, zero_point, u
     use(path)
     x, packed, scale, zero, bias, group = int4_case(batch=rows)
     zero[::3, 1] = zero_point
-    codes = numerics.unpack_int4(packed, 70).double()
+    codes = affine.unpack_int4(packed, 70).double()
     by_column = [t.repeat_interleave(group, 1)[:, :70].double() for t in (scale, zero)]
     weight = (codes - by_column[1]) * by_column[0]
     torch.testing.assert_close(ops.dequantize_int4(packed, scale, zero, group, 70).double(), weight)
     x = x.bfloat16().float()
     for compute in ("auto", "int8"):
-        taken = numerics.round_activations(x, group) if compute == "int8" else x
+        taken = affine.round_activations(x, group) if compute == "int8" else x
         expected = F.linear(taken.double(), weight, bias.double())
         actual = ops.int4_linear(x, packed, scale, zero, bias, group, compute).double()
         size = F.linear(taken.double().abs(), weight.abs()).max()

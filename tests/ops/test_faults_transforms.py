@@ -11,8 +11,9 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, line
 from torch.utils import _pytree as pytree
 
 import mono_quant_fx as mq
-from mono_quant_fx import numerics, ops
+from mono_quant_fx import ops
 from mono_quant_fx.config import QuantScheme
+from mono_quant_fx.numerics import affine
 from tests.ops.test_static_int8 import CONVS, conv_case, linear_case
 
 K, N, GROUP = 24, 5, 8
@@ -25,8 +26,8 @@ def pair(bits):
     """(x, bias) -> the op's result, and the float linear's on the dequantized weight."""
     draw = torch.Generator().manual_seed(9)
     scheme = QuantScheme(4, GROUP, False) if bits == 4 else QuantScheme(8, -1, False)
-    stored = numerics.quantize_matrix(torch.randn(N, K, generator=draw), scheme)
-    weight = numerics.dequantize_weight(stored, scheme.group_size, K)
+    stored = affine.quantize_matrix(torch.randn(N, K, generator=draw), scheme)
+    weight = affine.dequantize_weight(stored, scheme.group_size, K)
     op = ops.int4_linear if bits == 4 else ops.int8_linear
     rest = (GROUP,) if bits == 4 else ()
     return lambda x, b=BIAS: op(x, *stored, b, *rest), lambda x, b=BIAS: F.linear(x, weight, b)
@@ -101,7 +102,7 @@ def test_tangents_have_the_dtype_of_x(dtype):
 
 
 def test_forward_mode_agrees_with_differences():
-    stored = numerics.quantize_matrix(torch.randn(N, K, dtype=torch.float64), QuantScheme(4, GROUP, False))
+    stored = affine.quantize_matrix(torch.randn(N, K, dtype=torch.float64), QuantScheme(4, GROUP, False))
     x, bias = X.double().requires_grad_(), BIAS.double().requires_grad_()
     assert torch.autograd.gradcheck(
         lambda x, b: ops.int4_linear(x, *stored, b, GROUP), (x, bias), check_forward_ad=True, check_batched_grad=True,
@@ -147,8 +148,8 @@ def test_a_whole_graph_transforms_as_its_float_graph(name, graphs):
 
 
 def without_derivative():
-    packed, scale, zero = numerics.quantize_matrix(torch.randn(N, K), QuantScheme(4, GROUP, False))
-    eight = numerics.quantize_matrix(torch.randn(N, K), QuantScheme(8, -1, False))
+    packed, scale, zero = affine.quantize_matrix(torch.randn(N, K), QuantScheme(4, GROUP, False))
+    eight = affine.quantize_matrix(torch.randn(N, K), QuantScheme(8, -1, False))
     four, linear, conv = linear_case(bits=4), linear_case(), conv_case(CONVS["plain"])
     s, z = torch.tensor([0.1]), torch.zeros(1, dtype=torch.int8)
     return {
@@ -229,7 +230,7 @@ def test_an_op_on_int8_inputs_has_the_derivative_of_its_bias(name):
 
 @pytest.mark.parametrize("op", ["dequantize_int4", "int4_linear"])
 def test_vmap_over_weights_is_one_call_after_the_other(op):
-    stored = [numerics.quantize_matrix(torch.randn(N, K), QuantScheme(4, GROUP, False)) for _ in range(3)]
+    stored = [affine.quantize_matrix(torch.randn(N, K), QuantScheme(4, GROUP, False)) for _ in range(3)]
     both = [torch.stack(parts) for parts in zip(*stored, strict=True)]
     call = {
         "dequantize_int4": lambda *w: ops.dequantize_int4(*w, GROUP, K),

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mono_quant_fx as mq
-from mono_quant_fx import native, numerics, ops
+from mono_quant_fx import native, ops
 from mono_quant_fx.config import COMPUTE, QuantScheme
+from mono_quant_fx.numerics import affine
 from mono_quant_fx.ops import ways
 
 #: KERNEL_TOLERANCE of docs/kernels.md: |kernel - exact| over sum |x| |w| + |bias|. In float32 each of K products and
@@ -45,16 +46,16 @@ def operands(rows, columns, outputs, group, symmetric, dtype, bias, gap, seed, b
     """(x with `gap` elements between its rows, the stored weight, the bias)."""
     draw = torch.Generator().manual_seed(seed)
     weight = torch.randn(outputs, columns, generator=draw).to(dtype)
-    stored = numerics.quantize_matrix(weight, QuantScheme(bits, group if bits == 4 else -1, symmetric))
+    stored = affine.quantize_matrix(weight, QuantScheme(bits, group if bits == 4 else -1, symmetric))
     x = torch.randn(rows, columns + gap, generator=draw).to(dtype)[:, :columns]
     return x, stored, torch.randn(outputs, generator=draw).to(dtype) if bias else None
 
 
 def assert_close(actual, x, stored, bias, group, compute):
     is_int8 = stored.weight_packed.dtype == torch.int8
-    codes = stored.weight_packed if is_int8 else numerics.unpack_int4(stored.weight_packed, x.shape[-1])
+    codes = stored.weight_packed if is_int8 else affine.unpack_int4(stored.weight_packed, x.shape[-1])
     scale, zero_point = stored.weight_scale.double(), stored.weight_zero_point
-    weight = numerics.dequantize(codes, scale, zero_point, -1 if is_int8 else group)
+    weight = affine.dequantize(codes, scale, zero_point, -1 if is_int8 else group)
     bias = torch.zeros(len(weight)).double() if bias is None else bias.double()
     exact, size = x.double() @ weight.t() + bias, x.double().abs() @ weight.abs().t() + bias.abs()
     allowed = KERNEL_TOLERANCE[compute] * size + ROUNDING[actual.dtype] * exact.abs() + TINY
@@ -68,7 +69,7 @@ def check_product(bits, path, way, case):
     product = native.Linear(f"int{bits}_{path}", stored, bias, group, x.shape[-1])
     ways.run(way, ways.Call(path, bits, product, x, stored, bias, group, out))
     if path == ways.INT8:
-        x = numerics.round_activations(x, case["group"])
+        x = affine.round_activations(x, case["group"])
     exact = case["dtype"] == torch.bfloat16
     compute = "rounded x" if path == "avx512_bf16" and not exact else "float32"
     assert_close(out, x, stored, bias, case["group"], "bfloat16" if way == "matmul" and exact else compute)
@@ -106,9 +107,9 @@ def test_dequantized_bits_equal_the_references(case, bits, out, first):
         case["outputs"] + first, case["columns"], generator=torch.Generator().manual_seed(case["seed"])
     )
     scheme = QuantScheme(bits, group, case["symmetric"])
-    packed, scale, zero_point = numerics.quantize_matrix(weight.to(case["dtype"]), scheme)
-    expected = numerics.dequantize_weight(
-        numerics.QuantizedWeight(packed, scale.float(), zero_point), group, case["columns"]
+    packed, scale, zero_point = affine.quantize_matrix(weight.to(case["dtype"]), scheme)
+    expected = affine.dequantize_weight(
+        affine.QuantizedWeight(packed, scale.float(), zero_point), group, case["columns"]
     )
     actual = torch.full((case["outputs"], case["columns"]), float("nan"), dtype=out)
     native.dequantize(bits, (packed, scale, zero_point), group, actual, first)
@@ -120,8 +121,8 @@ def test_dequantized_bits_equal_the_references(case, bits, out, first):
 def test_the_dequantize_ops_give_the_same_bits_on_every_path(path, dtype, use):
     def all_of_them():
         weight = torch.randn(9, 100, generator=torch.Generator().manual_seed(0)).to(dtype)
-        int4 = numerics.quantize_matrix(weight, QuantScheme(4, 32, False))
-        int8 = numerics.quantize_matrix(weight, QuantScheme(8, -1, False))
+        int4 = affine.quantize_matrix(weight, QuantScheme(4, 32, False))
+        int8 = affine.quantize_matrix(weight, QuantScheme(8, -1, False))
         strided = int8._replace(weight_packed=int8.weight_packed.t().contiguous().t())
         return [ops.dequantize_int4(*int4, 32, 100), ops.dequantize_int8(*int8), ops.dequantize_int8(*strided)]
 
@@ -141,7 +142,7 @@ def test_the_op_takes_any_leading_shape(path, compute, shape, use):
     actual = ops.int4_linear(x, *stored, bias, 64, compute)
     assert actual.shape == (*shape[:-1], 24) and actual.dtype == x.dtype
     if compute == "int8":
-        x = numerics.round_activations(x, 64)
+        x = affine.round_activations(x, 64)
     rounded = compute == "bfloat16" or (compute == "auto" and path == "avx512_bf16")
     assert_close(actual.view(-1, 24), x.view(-1, 256), stored, bias, 64, "bfloat16" if rounded else "float32")
 
@@ -209,7 +210,7 @@ def test_compute_int8_gives_each_row_and_group_its_own_scale(path, use):
     x[1] = 0
     x[2, 5] = float("nan")
     actual = ops.int4_linear(x, *stored, None, 32, "int8")
-    assert_close(actual[:1], numerics.round_activations(x[:1], 32), stored, None, 32, "float32")
+    assert_close(actual[:1], affine.round_activations(x[:1], 32), stored, None, 32, "float32")
     assert torch.equal(actual[1], torch.zeros(24)) and actual[2].isnan().all()
     alone = ops.int4_linear(x[:, 32:].contiguous(), *_columns(stored, 32), None, 32, "int8")
     both = ops.int4_linear(x.clone().index_fill_(1, torch.arange(32), 0.0), *stored, None, 32, "int8")
@@ -263,7 +264,7 @@ def test_a_weight_that_changes_is_seen(use):
     use(COMPILED[-1])
     x = torch.randn(2, 64)
     first, second = (mq.quantize_weight_int4(torch.randn(32, 64), 32) for _ in range(2))
-    held = numerics.QuantizedWeight(*(None if t is None else t.clone() for t in first))
+    held = affine.QuantizedWeight(*(None if t is None else t.clone() for t in first))
 
     def product(of=held):
         return ops.int4_linear(x, *of, None, 32)

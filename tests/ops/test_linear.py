@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mono_quant_fx import numerics, ops
+from mono_quant_fx import ops
 from mono_quant_fx.config import QuantScheme
+from mono_quant_fx.numerics import affine
 from mono_quant_fx.ops import linear as implementation
 
 #: Largest |op - F.linear(x, dequantized, bias)| for K = 70 and outputs below 32: the same products, summed in another
@@ -26,9 +27,9 @@ kinds = pytest.mark.parametrize("kind", ["int4", "int8"])
 def case(kind, shape=(5, K), dtype=torch.float32, symmetric=True, bias=True):
     """(op, its arguments, the dequantized weight)."""
     scheme = QuantScheme(4, GROUP, symmetric) if kind == "int4" else QuantScheme(8, -1, symmetric)
-    stored = numerics.quantize_matrix(torch.randn(N, K).to(dtype), scheme)
+    stored = affine.quantize_matrix(torch.randn(N, K).to(dtype), scheme)
     x, b = torch.randn(shape).to(dtype), torch.randn(N).to(dtype) if bias else None
-    weight = numerics.dequantize_weight(stored, scheme.group_size, K)
+    weight = affine.dequantize_weight(stored, scheme.group_size, K)
     if kind == "int4":
         return ops.int4_linear, (x, *stored, b, GROUP), weight
     return ops.int8_linear, (x, *stored, b), weight
@@ -137,7 +138,7 @@ def test_the_float_weight_never_exists_whole(kind, reference, monkeypatch):
     _, args, _ = case(kind, (1, K))
     expected = reference(*args)
     tile = 4 * K
-    monkeypatch.setattr(numerics, "TILE", tile)
+    monkeypatch.setattr(affine, "TILE", tile)
     with Watch() as watch:
         out = reference(*args)
     torch.testing.assert_close(out, expected, rtol=0, atol=ATOL[torch.float32])
@@ -147,7 +148,7 @@ def test_the_float_weight_never_exists_whole(kind, reference, monkeypatch):
 @pytest.mark.parametrize("rows", [1, 5, 23, 24, 25])
 def test_the_last_tile_may_be_short(rows, monkeypatch):
     op, args, weight = case("int4")
-    monkeypatch.setattr(numerics, "TILE", rows * K)
+    monkeypatch.setattr(affine, "TILE", rows * K)
     torch.testing.assert_close(op(*args), F.linear(args[0], weight, args[4]), rtol=0, atol=ATOL[torch.float32])
 
 

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mono_quant_fx import numerics, ops
+from mono_quant_fx import ops
 from mono_quant_fx.config import QuantScheme
+from mono_quant_fx.numerics import affine
 from mono_quant_fx.ops import onednn, static_int8
 from mono_quant_fx.ops.activation import Codes
 
@@ -40,7 +41,7 @@ def qparams(scale=0.031, zero_point=-17, dtype=torch.float32):
 def linear_case(shape=(5, 70), rows=24, dtype=torch.float32, symmetric=True, bias=True, bits=8):
     torch.manual_seed(0)
     scheme = QuantScheme(8, -1, symmetric) if bits == 8 else QuantScheme(4, 32, symmetric)
-    weight = numerics.quantize_matrix(torch.randn(rows, shape[-1]).to(dtype), scheme)
+    weight = affine.quantize_matrix(torch.randn(rows, shape[-1]).to(dtype), scheme)
     x = torch.randint(-128, 128, shape, dtype=torch.int8)
     return x, *qparams(dtype=dtype), *weight, torch.randn(rows).to(dtype) if bias else None
 
@@ -49,7 +50,7 @@ def conv_case(conv, dtype=torch.float32, symmetric=True, batch=(2,)):
     torch.manual_seed(0)
     dims, channels, out, kernel, *window, groups = conv
     columns = channels // groups * kernel**dims
-    weight = numerics.quantize_matrix(torch.randn(out, columns).to(dtype), QuantScheme(8, -1, symmetric))
+    weight = affine.quantize_matrix(torch.randn(out, columns).to(dtype), QuantScheme(8, -1, symmetric))
     x = torch.randint(-128, 128, (*batch, channels, *(9, 8, 7)[:dims]), dtype=torch.int8)
     geometry = [[kernel] * dims, *([n] * dims for n in window), groups]
     return x, *qparams(dtype=dtype), *weight, torch.randn(out).to(dtype), *geometry
@@ -116,7 +117,7 @@ def kernels():
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "plain"])
 def test_the_linear_kernel_equals_the_reference(kernels, shape, bias, dtype):
     args = linear_case(shape, 64, dtype, bias=bias)
-    x, weight = Codes(*args[:3]), numerics.QuantizedWeight(*args[3:6])
+    x, weight = Codes(*args[:3]), affine.QuantizedWeight(*args[3:6])
     assert onednn.can_run(x, weight)
     expected = static_int8.reference_linear(x, weight, args[6])
     assert relative_error(ops.w8a8_linear(*args), expected) <= KERNEL_TOLERANCE[dtype]
@@ -126,7 +127,7 @@ def test_the_linear_kernel_equals_the_reference(kernels, shape, bias, dtype):
 @convs
 def test_the_conv_kernel_equals_the_reference(kernels, conv, dtype):
     args = conv_case(conv, dtype)
-    x, weight = Codes(*args[:3]), numerics.QuantizedWeight(*args[3:6])
+    x, weight = Codes(*args[:3]), affine.QuantizedWeight(*args[3:6])
     assert onednn.can_run(x, weight)
     expected = static_int8.reference_conv(x, weight, args[6], onednn.Window(*args[7:]))
     assert relative_error(ops.w8a8_conv(*args), expected) <= KERNEL_TOLERANCE[dtype]
@@ -138,7 +139,7 @@ def test_the_conv_reference_is_a_convolution_of_what_the_codes_stand_for(conv):
     values = ops.dequantize_activation(*args[:3])
     _, channels, out, kernel, stride, padding, dilation, groups = conv
     size = (out, channels // groups, *[kernel] * (values.dim() - 2))
-    weight = numerics.dequantize(args[3], args[4], args[5], -1).view(size)
+    weight = affine.dequantize(args[3], args[4], args[5], -1).view(size)
     plain = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[values.dim()]
     expected = plain(values, weight, args[6], stride, padding, dilation, groups)
     actual = ops.w8a8_conv(*args)
@@ -198,7 +199,7 @@ def test_a_slower_path_is_said_once(monkeypatch, why):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(ops.w8a8_linear(*args), slow)
-    expected = static_int8.reference_linear(Codes(*args[:3]), numerics.QuantizedWeight(*args[3:6]), args[6])
+    expected = static_int8.reference_linear(Codes(*args[:3]), affine.QuantizedWeight(*args[3:6]), args[6])
     assert torch.equal(slow, expected)
     onednn._say.cache_clear()
 

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 import mono_quant_fx as mq
-from mono_quant_fx import numerics
+from mono_quant_fx.numerics import affine
 from tests.harness import check_pass
 from tests.models import MLP, ConvNet, Reused, TiedLM
 
@@ -23,7 +23,7 @@ def float_graph_with_rounded_weights(gm, lowered):
     for _, a in annotated(lowered):
         if a.lowered:
             matrix = to_matrix(mq.graph.get_attribute(gm, a.weight).detach(), a.layout, a.groups)
-            rounded = numerics.fake_quantize(matrix.contiguous(), a.scheme)
+            rounded = affine.fake_quantize(matrix.contiguous(), a.scheme)
             value = from_matrix(rounded, a.layout, a.groups, a.shape, lambda op, *args: op(*args))
             mq.graph.attach(oracle, a.weight, torch.nn.Parameter(value.contiguous(), requires_grad=False))
     return oracle
@@ -113,7 +113,7 @@ def test_codes_that_are_there_need_no_float_weight():
     from mono_quant_fx.annotation import annotated, set_annotation
 
     model = nn.Sequential(nn.Linear(64, 32, bias=False))
-    stored = numerics.quantize_matrix(model[0].weight.detach(), CONFIG.scheme)
+    stored = affine.quantize_matrix(model[0].weight.detach(), CONFIG.scheme)
     expected = mq.passes.Int4GroupwiseLowering()(annotate(model)).graph_module
     gm = annotate(model.to("meta"))
     ((node, annotation),) = annotated(gm)

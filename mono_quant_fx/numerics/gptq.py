@@ -16,10 +16,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mono_quant_fx import numerics
-from mono_quant_fx.clip import search_qparams
 from mono_quant_fx.config import QuantScheme
 from mono_quant_fx.errors import WeightError
+from mono_quant_fx.numerics import affine
+from mono_quant_fx.numerics.clip import search_qparams
 
 B = 128
 
@@ -61,7 +61,7 @@ def gptq(
     for _ in range(rounds):
         scale, zero_point = search_qparams(W, scheme, H.diagonal())
         codes, updated = _walk(weight, Hinv, order, scale, zero_point, scheme)
-        plain = numerics.quantize(weight.float(), scale, zero_point, scheme)
+        plain = affine.quantize(weight.float(), scale, zero_point, scheme)
         found += [(codes, scale, zero_point), (plain, scale, zero_point)]
         W = updated.clamp(-largest, largest).to(weight.dtype)
     return best_rows(weight, H, scheme, *found)
@@ -75,7 +75,7 @@ def _walk(
     group = order // (columns if scheme.group_size == -1 else scheme.group_size)
     s = scale.float().t().contiguous()
     zero = torch.zeros_like(s) if zero_point is None else zero_point.float().t()
-    qmin, qmax = numerics.code_range(scheme.bits)
+    qmin, qmax = affine.code_range(scheme.bits)
     low, high = qmin - zero, qmax - zero
     W = weight.float().t()[order].contiguous()
     steps = torch.empty_like(W)  # Q in steps of the scale: codes less the zero point
@@ -124,5 +124,5 @@ def hessian_error(
     weight: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor | None, H: Tensor, scheme: QuantScheme
 ) -> Tensor:
     """(w - q) H (w - q)^T of each row [N]: the squared error of the layer's output on the calibration inputs."""
-    error = weight.float() - numerics.dequantize(codes, scale.float(), zero_point, scheme.group_size)
+    error = weight.float() - affine.dequantize(codes, scale.float(), zero_point, scheme.group_size)
     return (error @ H.float() * error).sum(1)

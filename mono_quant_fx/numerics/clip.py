@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mono_quant_fx import numerics
 from mono_quant_fx.config import QuantScheme
+from mono_quant_fx.numerics import affine
 
 #: Shrinking ratios that are tried on every group's range; the first is the plain rounding's own range.
 RATIOS = tuple(1.0 - 0.025 * i for i in range(25))
@@ -29,20 +29,20 @@ def search_qparams(weight: Tensor, scheme: QuantScheme, energy: Tensor | None = 
     Raises:
         WeightError: the weight holds NaN or infinity.
     """
-    step = max(1, numerics.TILE // weight.shape[1])
+    step = max(1, affine.TILE // weight.shape[1])
     parts = [_search(tile.contiguous(), scheme, energy) for tile in weight.split(step)]
     scale, zero_point = zip(*parts, strict=True)
     return torch.cat(scale), None if scheme.symmetric else torch.cat(zero_point)
 
 
 def _search(tile: Tensor, scheme: QuantScheme, energy: Tensor | None) -> tuple[Tensor, Tensor]:
-    best_scale, best_zero = numerics.choose_qparams(tile, scheme)
+    best_scale, best_zero = affine.choose_qparams(tile, scheme)
     zeros = torch.zeros_like(best_scale, dtype=torch.int8) if best_zero is None else best_zero
     weights = torch.ones(tile.shape[1]) if energy is None else energy.float()
-    columns = numerics.grouped(weights[None].to(tile.device), scheme.group_size)
+    columns = affine.grouped(weights[None].to(tile.device), scheme.group_size)
     found = [
         _search_groups(part.float(), e, best_scale[:, at], zeros[:, at], scheme)
-        for (part, at), (e, _) in zip(numerics.grouped(tile, scheme.group_size), columns, strict=True)
+        for (part, at), (e, _) in zip(affine.grouped(tile, scheme.group_size), columns, strict=True)
     ]
     return torch.cat([s for s, _ in found], 1), torch.cat([z for _, z in found], 1)
 
@@ -55,7 +55,7 @@ def _search_groups(
     For codes c (less the zero point) the error is sum e w^2 - 2 s sum e w c + s^2 sum e c^2: two sums a ratio give the
     error for every scale, and its least at s = sum e w c / sum e c^2.
     """
-    qmin, qmax = numerics.code_range(scheme.bits)
+    qmin, qmax = affine.code_range(scheme.bits)
     least = torch.full_like(w[..., 0], float("inf"))
     widest, best_scale, best_zero = scale.float(), scale.clone(), zero_point.clone()
     weighted, codes, product = w * energy, torch.empty_like(w), torch.empty_like(w)
@@ -89,7 +89,7 @@ def _zero_point(w: Tensor, scale: Tensor, ratio: float, qmin: int, qmax: int) ->
 
 def _codes(w: Tensor, scale: Tensor, zero_point: Tensor, scheme: QuantScheme, out: Tensor) -> Tensor:
     """Codes less the zero point."""
-    qmin, qmax = numerics.code_range(scheme.bits)
+    qmin, qmax = affine.code_range(scheme.bits)
     zero = zero_point[..., None].float()
     return torch.div(w, scale[..., None].float(), out=out).round_().clamp_(qmin - zero, qmax - zero)
 

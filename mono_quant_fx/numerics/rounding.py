@@ -14,12 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mono_quant_fx import numerics
-from mono_quant_fx.clip import search_qparams
 from mono_quant_fx.config import INT8, QuantScheme
 from mono_quant_fx.errors import ConfigError
-from mono_quant_fx.gptq import best_rows, damped, gptq
-from mono_quant_fx.refine import refine
+from mono_quant_fx.numerics import affine
+from mono_quant_fx.numerics.clip import search_qparams
+from mono_quant_fx.numerics.gptq import best_rows, damped, gptq
+from mono_quant_fx.numerics.refine import refine
 
 ALGORITHMS = ("rtn", "clip", "gptq")
 #: Walks of GPTQ, each with scales searched on what the one before left. Measured: the second gains 0.1 to 0.2 dB.
@@ -54,7 +54,7 @@ class Rounded:
         reason: why it is rounded to nearest where another algorithm was asked for.
     """
 
-    stored: numerics.QuantizedWeight | None
+    stored: affine.QuantizedWeight | None
     algorithm: str
     gain_db: float | None = None
     int8_gain_db: float | None = None
@@ -75,7 +75,7 @@ def round_weight(
     Raises:
         WeightError: NaN or infinity in the matrix, or no usable Hessian.
     """
-    plain = numerics.quantize_matrix(matrix, scheme)
+    plain = affine.quantize_matrix(matrix, scheme)
     is_plain = options.algorithm == "rtn" or scheme.bits == 8
     if H is None or not bool(H.any()):
         return Rounded(plain, "rtn", reason="" if is_plain or not why else f"rtn, not {options.algorithm}: {why}")
@@ -84,15 +84,15 @@ def round_weight(
         parts = [_round_group(m, h, scheme, options) for m, h in zip(matrix.chunk(H.shape[0]), H, strict=True)]
         packed, scale, zero_point = zip(*parts, strict=True)
         zero = None if scheme.symmetric else torch.cat(zero_point)
-        stored, algorithm = numerics.QuantizedWeight(torch.cat(packed), torch.cat(scale), zero), options.algorithm
+        stored, algorithm = affine.QuantizedWeight(torch.cat(packed), torch.cat(scale), zero), options.algorithm
     noise = _noise(matrix, stored, scheme.group_size, H)
-    int8 = noise if scheme.bits == 8 else _noise(matrix, numerics.quantize_matrix(matrix, INT8), -1, H)
+    int8 = noise if scheme.bits == 8 else _noise(matrix, affine.quantize_matrix(matrix, INT8), -1, H)
     rounded = noise if algorithm == "rtn" else _noise(matrix, plain, scheme.group_size, H)
     signal = float(_energy(matrix, H))
     return Rounded(stored, algorithm, _ratio_db(rounded, noise), _ratio_db(noise, int8), _ratio_db(signal, noise))
 
 
-def _round_group(matrix: Tensor, H: Tensor, scheme: QuantScheme, options: RoundingOptions) -> numerics.QuantizedWeight:
+def _round_group(matrix: Tensor, H: Tensor, scheme: QuantScheme, options: RoundingOptions) -> affine.QuantizedWeight:
     if options.algorithm == "gptq":
         damping = options.damping
         rounded = gptq(
@@ -100,14 +100,14 @@ def _round_group(matrix: Tensor, H: Tensor, scheme: QuantScheme, options: Roundi
         )
         codes, scale, zero_point = refine(matrix, damped(H, damping), scheme, *rounded)
     else:
-        candidates = [numerics.choose_qparams(matrix, scheme), search_qparams(matrix, scheme, H.diagonal())]
-        rounded_plainly = [(numerics.quantize(matrix, *qparams, scheme), *qparams) for qparams in candidates]
+        candidates = [affine.choose_qparams(matrix, scheme), search_qparams(matrix, scheme, H.diagonal())]
+        rounded_plainly = [(affine.quantize(matrix, *qparams, scheme), *qparams) for qparams in candidates]
         codes, scale, zero_point = best_rows(matrix, H, scheme, *rounded_plainly)
-    return numerics.QuantizedWeight(numerics.pack_int4(codes), scale, zero_point)
+    return affine.QuantizedWeight(affine.pack_int4(codes), scale, zero_point)
 
 
-def _noise(matrix: Tensor, stored: numerics.QuantizedWeight, group_size: int, H: Tensor) -> float:
-    return float(_energy(matrix - numerics.dequantize_weight(stored, group_size, matrix.shape[1]), H))
+def _noise(matrix: Tensor, stored: affine.QuantizedWeight, group_size: int, H: Tensor) -> float:
+    return float(_energy(matrix - affine.dequantize_weight(stored, group_size, matrix.shape[1]), H))
 
 
 def _energy(rows: Tensor, H: Tensor) -> Tensor:

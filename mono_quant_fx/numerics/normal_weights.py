@@ -6,9 +6,9 @@ import functools
 
 import torch
 
-from mono_quant_fx import numerics
 from mono_quant_fx.config import QuantScheme
-from mono_quant_fx.metrics import sqnr_db
+from mono_quant_fx.numerics import affine
+from mono_quant_fx.numerics.error import sqnr_db
 
 #: Weights that are drawn, and the longest row: past it, longer rows change tenths of a dB.
 DRAWN, LONGEST = 1 << 18, 1 << 16
@@ -29,4 +29,4 @@ def _drawn(bits: int, symmetric: bool, columns: int) -> float:
     generator = torch.Generator("cpu").manual_seed(0)
     shape = (max(1, DRAWN // columns), columns)
     weight = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
-    return sqnr_db(weight, numerics.fake_quantize(weight, QuantScheme(bits, -1, symmetric)))
+    return sqnr_db(weight, affine.fake_quantize(weight, QuantScheme(bits, -1, symmetric)))

@@ -20,10 +20,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mono_quant_fx import numerics
-from mono_quant_fx.clip import usable
 from mono_quant_fx.config import QuantScheme
-from mono_quant_fx.gptq import Codes, best_rows
+from mono_quant_fx.numerics import affine
+from mono_quant_fx.numerics.clip import usable
+from mono_quant_fx.numerics.gptq import Codes, best_rows
 
 #: Sweeps over all columns. Measured: the first gains 0.1 dB, the second half as much, a third next to nothing.
 SWEEPS = 2
@@ -92,7 +92,7 @@ class _Descent:
 
     def _codes(self, group: int, columns: slice, block: Tensor, slope: Tensor) -> None:
         steps, s, zero = self.steps[columns], self.scale[group], self.zero[group]
-        qmin, qmax = numerics.code_range(self.scheme.bits)
+        qmin, qmax = affine.code_range(self.scheme.bits)
         low, high = qmin - zero, qmax - zero
         for j, curvature in enumerate(block.diagonal().tolist()):
             if curvature > 0.0:  # a column without data has no best code
@@ -115,7 +115,7 @@ class _Descent:
         """The codes stay, so a zero point that grows by d takes d steps from every weight of the group."""
         s, zero = self.scale[group], self.zero[group]
         pull = block.sum(1)
-        qmin, qmax = numerics.code_range(self.scheme.bits)
+        qmin, qmax = affine.code_range(self.scheme.bits)
         bottom = zero - slope.sum(0) / (s * pull.sum())
         moved = torch.where(torch.isfinite(bottom), bottom.round().clamp(qmin, qmax), zero) - zero
         slope.addr_(pull, s * moved)
