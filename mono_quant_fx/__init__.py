@@ -39,8 +39,6 @@ from mono_quant_fx.findings import AccuracyWarning, check_accuracy_warnings
 from mono_quant_fx.import_compressed_tensors import import_compressed_tensors
 from mono_quant_fx.info import QuantizationInfo
 from mono_quant_fx.loading import load
-from mono_quant_fx.modules import QuantizedLinearInt4
-from mono_quant_fx.native import Kernels, kernels
 from mono_quant_fx.numerics.affine import QuantizedWeight, quantize_weight_int4
 from mono_quant_fx.numerics.error import max_abs_error, relative_error, sqnr_db
 from mono_quant_fx.observers import (
@@ -52,6 +50,8 @@ from mono_quant_fx.observers import (
     PercentileObserver,
     create_observer,
 )
+from mono_quant_fx.ops.linear_module import QuantizedLinearInt4
+from mono_quant_fx.ops.native import Kernels, kernels
 from mono_quant_fx.pass_base import Pass, PassResult, Pipeline
 from mono_quant_fx.pass_html import PassChange
 from mono_quant_fx.pipelines import default_pipeline

@@ -16,7 +16,7 @@ except ModuleNotFoundError as e:  # the checkout was found first, and it has no 
         "pip install torch==2.13.0 -e '.[test]'"
     ) from e
 
-from mono_quant_fx import native
+from mono_quant_fx.ops import native
 
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 if WORKERS > 1:  # side by side on the same cores, threads of each would wait for those of the other

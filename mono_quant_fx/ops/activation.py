@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mono_quant_fx import forking
 from mono_quant_fx.errors import InputError
 from mono_quant_fx.numerics.affine import code_range
+from mono_quant_fx.ops import forking
 from mono_quant_fx.ops.operands import FLOATS, check_places
 from mono_quant_fx.ops.registry import register
 

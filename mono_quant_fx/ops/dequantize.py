@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mono_quant_fx import forking, native
 from mono_quant_fx.numerics import affine
+from mono_quant_fx.ops import forking, native
 from mono_quant_fx.ops.operands import check_places, check_qparams
 from mono_quant_fx.ops.registry import register
 

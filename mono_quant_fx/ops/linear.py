@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mono_quant_fx.numerics import affine
-from mono_quant_fx.ops import ways
+from mono_quant_fx.ops import dispatch
 from mono_quant_fx.ops.dequantize import check_int4, check_int8, dequantize_int4, dequantize_int8
 from mono_quant_fx.ops.derivative import Derivative, Given
 from mono_quant_fx.ops.operands import FLOATS, check_bias, check_compute, check_places
@@ -86,7 +86,7 @@ def _int4_cpu(
     def check() -> None:
         _Int4(x, packed, scale, zero, bias, size, compute).check()
 
-    out, is_finite = ways.linear(4, x, affine.QuantizedWeight(packed, scale, zero), bias, size, compute, check)
+    out, is_finite = dispatch.linear(4, x, affine.QuantizedWeight(packed, scale, zero), bias, size, compute, check)
     if out is None:
         return _int4(x, packed, scale, zero, bias, size, compute)
     return out if is_finite else _again(out, x, lambda rows: _int4(rows, packed, scale, zero, bias, size, compute))
@@ -130,7 +130,7 @@ def _int8_cpu(x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | Non
     def check() -> None:
         _check_int8(x, weight, scale, zero_point, bias)
 
-    out, is_finite = ways.linear(8, x, affine.QuantizedWeight(weight, scale, zero_point), bias, -1, "auto", check)
+    out, is_finite = dispatch.linear(8, x, affine.QuantizedWeight(weight, scale, zero_point), bias, -1, "auto", check)
     if out is None:
         return _int8(x, weight, scale, zero_point, bias)
     return out if is_finite else _again(out, x, lambda rows: _int8(rows, weight, scale, zero_point, bias))

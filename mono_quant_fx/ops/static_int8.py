@@ -13,10 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mono_quant_fx import forking
 from mono_quant_fx.numerics import affine
 from mono_quant_fx.numerics.affine import QuantizedWeight
-from mono_quant_fx.ops import onednn
+from mono_quant_fx.ops import forking, onednn
 from mono_quant_fx.ops.activation import Codes
 from mono_quant_fx.ops.dequantize import check_int4, check_int8
 from mono_quant_fx.ops.derivative import Derivative

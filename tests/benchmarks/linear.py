@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 
 import mono_quant_fx as mq
-from mono_quant_fx import native, ops
+from mono_quant_fx import ops
+from mono_quant_fx.ops import native
 from tests.benchmarks import performance_page
 from tests.benchmarks.accuracy_cache import ROOT
 from tests.benchmarks.accuracy_cell import one_line

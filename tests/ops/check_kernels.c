@@ -6,7 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "../../mono_quant_fx/kernels/api.h"
+#include "../../mono_quant_fx/ops/kernels/api.h"
 
 static uint64_t state = 1;
 

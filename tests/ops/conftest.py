@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mono_quant_fx import native
+from mono_quant_fx.ops import native
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import mono_quant_fx as mq
-from mono_quant_fx import forking, native, ops
+from mono_quant_fx import ops
+from mono_quant_fx.ops import forking, native
 
 ROOT = Path(__file__).resolve().parents[2]
 PATHS = native.kernels().available

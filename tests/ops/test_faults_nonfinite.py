@@ -6,10 +6,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import mono_quant_fx as mq
-from mono_quant_fx import native, ops
+from mono_quant_fx import ops
 from mono_quant_fx.config import COMPUTE, QuantScheme
 from mono_quant_fx.numerics import affine
-from mono_quant_fx.ops import onednn, ways
+from mono_quant_fx.ops import dispatch, native, onednn
 from tests.ops.test_static_int8 import linear_case
 
 COMPILED = native.kernels().available[1:]
@@ -29,7 +29,7 @@ def use_way(use, monkeypatch):
 
     def choose(path, way):
         use(path)
-        monkeypatch.setattr(ways, "choose", lambda call: "many" if call.kernel == ways.INT8 else way)
+        monkeypatch.setattr(dispatch, "choose", lambda call: "many" if call.kernel == dispatch.INT8 else way)
 
     return choose
 

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mono_quant_fx as mq
-from mono_quant_fx import native, ops
+from mono_quant_fx import ops
 from mono_quant_fx.config import QuantScheme
 from mono_quant_fx.numerics import affine
-from mono_quant_fx.ops import ways
+from mono_quant_fx.ops import dispatch, native
 from tests.ops.test_static_int8 import CONVS, conv_case, linear_case
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -293,7 +293,7 @@ def test_the_way_is_measured_for_shapes_that_have_rows(use):
         pytest.skip("no compiled kernels")
     use(COMPILED[-1])
     x, packed, scale, zero, bias, group = int4_case()
-    known = len(ways._PLANS)
+    known = len(dispatch._PLANS)
     with pytest.raises(RuntimeError, match="bias"):
         ops.int4_linear(x, packed, scale, zero, bias[:3], group)
-    assert len(ways._PLANS) == known
+    assert len(dispatch._PLANS) == known

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parent
-SOURCES = [FOLDER / "check_kernels.c", *sorted((FOLDER.parents[1] / "mono_quant_fx/kernels").glob("*.c"))]
+SOURCES = [FOLDER / "check_kernels.c", *sorted((FOLDER.parents[1] / "mono_quant_fx/ops/kernels").glob("*.c"))]
 FLAGS = ["-std=gnu11", "-O1", "-g", "-fopenmp", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 
 

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mono_quant_fx as mq
-from mono_quant_fx import native, ops
+from mono_quant_fx import ops
 from mono_quant_fx.config import COMPUTE, QuantScheme
 from mono_quant_fx.numerics import affine
-from mono_quant_fx.ops import ways
+from mono_quant_fx.ops import dispatch, native
 
 #: KERNEL_TOLERANCE of docs/kernels.md: |kernel - exact| over sum |x| |w| + |bias|. In float32 each of K products and
 #: sums is rounded; x that is rounded to bfloat16 is, by at most 2^-8; torch's matmul gets a rounded weight as well.
@@ -23,7 +23,7 @@ TINY = 1e-7  # float16 has subnormal results, which are rounded absolutely
 
 COMPILED = native.kernels().available[1:]
 WAYS = [(4, path, way) for path in COMPILED for way in ("few", "many", "matmul")]
-WAYS += [(4, ways.INT8, "many")] if COMPILED and native.has_int8(COMPILED[-1]) else []
+WAYS += [(4, dispatch.INT8, "many")] if COMPILED and native.has_int8(COMPILED[-1]) else []
 WAYS += [(8, path, way) for path in COMPILED if path != "avx512_bf16" for way in ("many", "matmul")]
 dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 law = settings(deadline=None, derandomize=True, max_examples=150)
@@ -67,8 +67,8 @@ def check_product(bits, path, way, case):
     out = x.new_full((len(x), len(stored.weight_packed)), float("nan"))
     group = case["group"] if bits == 4 else -1
     product = native.Linear(f"int{bits}_{path}", stored, bias, group, x.shape[-1])
-    ways.run(way, ways.Call(path, bits, product, x, stored, bias, group, out))
-    if path == ways.INT8:
+    dispatch.run(way, dispatch.Call(path, bits, product, x, stored, bias, group, out))
+    if path == dispatch.INT8:
         x = affine.round_activations(x, case["group"])
     exact = case["dtype"] == torch.bfloat16
     compute = "rounded x" if path == "avx512_bf16" and not exact else "float32"
@@ -282,6 +282,6 @@ def test_a_weight_that_changes_is_seen(use):
     with pytest.raises(RuntimeError, match="group_size"):
         ops.int4_linear(x, *second, None, 64)
     assert torch.equal(ops.int4_linear(x, *second, torch.ones(32), 32), expected + 1)
-    known = len(ways._PLANS)
+    known = len(dispatch._PLANS)
     del held, first, second, product
-    assert len(ways._PLANS) < known  # nothing is kept of a weight that is gone
+    assert len(dispatch._PLANS) < known  # nothing is kept of a weight that is gone

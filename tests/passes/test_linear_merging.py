@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import mono_quant_fx as mq
-from mono_quant_fx import graph, lockstep, native, ops
+from mono_quant_fx import graph, lockstep, ops
 from mono_quant_fx.annotation import annotated, stored_weight
+from mono_quant_fx.ops import native
 from tests import hf_models
 from tests.harness import check_pass
 

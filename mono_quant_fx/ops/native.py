@@ -19,8 +19,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from mono_quant_fx import forking
 from mono_quant_fx.errors import ConfigError, PerformanceWarning
+from mono_quant_fx.ops import forking
 
 #: From the slowest to the fastest; the place of a name is what the library's mq_cpu() returns.
 PATHS = ("torch", "avx2", "avx512", "avx512_bf16")

@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mono_quant_fx import forking, native
 from mono_quant_fx.numerics import affine
 from mono_quant_fx.numerics.affine import QuantizedWeight
+from mono_quant_fx.ops import forking, native
 from mono_quant_fx.ops.operands import check_places
 
 #: Rows of x up to which the first way is always taken, and from which on it never is.
