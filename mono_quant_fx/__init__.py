@@ -36,6 +36,8 @@ from mono_quant_fx.explain import explain
 from mono_quant_fx.explanation import Chapter, Explanation
 from mono_quant_fx.export_compressed_tensors import export_compressed_tensors
 from mono_quant_fx.findings import AccuracyWarning, check_accuracy_warnings
+from mono_quant_fx.graph.provenance import Step, history
+from mono_quant_fx.graph.text import diff_graphs, format_graph
 from mono_quant_fx.import_compressed_tensors import import_compressed_tensors
 from mono_quant_fx.info import QuantizationInfo
 from mono_quant_fx.loading import load
@@ -55,8 +57,6 @@ from mono_quant_fx.ops.native import Kernels, kernels
 from mono_quant_fx.pass_base import Pass, PassResult, Pipeline
 from mono_quant_fx.pass_html import PassChange
 from mono_quant_fx.pipelines import default_pipeline
-from mono_quant_fx.printing import diff_graphs, format_graph
-from mono_quant_fx.provenance import Step, history
 from mono_quant_fx.result import QuantizationResult, save
 from mono_quant_fx.select_observer import ExperimentalWarning, select_observer
 from mono_quant_fx.streaming import CheckpointReport, quantize_checkpoint

@@ -9,13 +9,13 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from mono_quant_fx import graph
-from mono_quant_fx.annotation import annotated
 from mono_quant_fx.collection import collect
 from mono_quant_fx.config import check_thresholds
 from mono_quant_fx.data import Batch, Prepare, leaves
 from mono_quant_fx.errors import CalibrationError, PreconditionError
 from mono_quant_fx.float_graphs import both_graphs
+from mono_quant_fx.graph import tensors
+from mono_quant_fx.graph.annotation import annotated
 from mono_quant_fx.judging import with_statuses
 from mono_quant_fx.lockstep import Lockstep
 from mono_quant_fx.numerics.error import ErrorSum
@@ -118,7 +118,7 @@ def _measure(
             if local is not None:
                 _add(entry.local, expected, local)
 
-    twins = [graph.isolate(gm) for gm in graphs]
+    twins = [tensors.isolate(gm) for gm in graphs]
     samples = sum(batch.samples() for batch in batches)
     plan = Lockstep(twins[0], twins[1], local_at)  # type: ignore[arg-type]
     with Progress("measuring accuracy", samples, is_shown=samples > 50) as progress:
@@ -149,7 +149,7 @@ def _with_every_node(
 ) -> list[AccuracyRow]:
     known = {row.node for row in rows}
     more = [
-        AccuracyRow(n.name, graph.op_name(n), graph.module_path(n), "", "", "", (), 0, 0)
+        AccuracyRow(n.name, tensors.op_name(n), tensors.module_path(n), "", "", "", (), 0, 0)
         for n in quantized.graph.nodes
         if n.name not in known and n.name in errors and n.op != "output" and errors[n.name].accumulated.batches
     ]

@@ -15,19 +15,19 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, fx
 
-from mono_quant_fx import graph
 from mono_quant_fx.bisection_report import Bisection, BisectionStep, Suspect
 from mono_quant_fx.collection import collect, cut
 from mono_quant_fx.data import Batch, Prepare, leaves
-from mono_quant_fx.effects import may_write
 from mono_quant_fx.errors import CalibrationError, ConfigError, PreconditionError
+from mono_quant_fx.graph import tensors
+from mono_quant_fx.graph.effects import may_write
+from mono_quant_fx.graph.state import written
 from mono_quant_fx.lockstep import Lockstep
 from mono_quant_fx.noise import Noise
 from mono_quant_fx.numerics.error import ErrorSum
 from mono_quant_fx.pass_base import Pass, PassResult, Pipeline
 from mono_quant_fx.process.surroundings import in_plain_surroundings
 from mono_quant_fx.run import run_batch
-from mono_quant_fx.state import written
 
 #: Every node that the pass changed has its own error carried to the output on a few samples, the costliest on all.
 FEW_SAMPLES, MOST_SUSPECTS = 4, 8
@@ -97,7 +97,7 @@ def bisect(
     """
     if isinstance(threshold_db, bool) or not isinstance(threshold_db, int | float) or not math.isfinite(threshold_db):
         raise ConfigError(f"threshold_db={threshold_db!r}: a finite number of dB is needed, 20.0 for example")
-    gm = graph.need_graph(gm.graph_module if isinstance(gm, PassResult) else gm, "bisect")
+    gm = tensors.need_graph(gm.graph_module if isinstance(gm, PassResult) else gm, "bisect")
     batches, samples = collect(data, None, prepare_batch)
     _check_reference(gm, batches)
     steps: list[BisectionStep] = []
@@ -163,7 +163,7 @@ def _blame(
 ) -> Bisection:
     before, after = found
     index = next(i for i, step in enumerate(report.steps) if step.output_db < report.threshold_db)
-    constant = graph.constant_nodes(after)
+    constant = tensors.constant_nodes(after)
     nodes = {n.name: n for n in after.graph.nodes if not constant[n] and n.op.startswith("call_")}
     drifted = _compare(reference, after, batches, set()).accumulated
     first = next((n for n in nodes if n in drifted and _db(drifted[n]) < report.threshold_db), "output")
@@ -176,7 +176,7 @@ def _blame(
         worst = sorted(worst, key=lambda n: (few[n], order.index(n)))[:MOST_SUSPECTS]
     alone = _carried(before, after, batches, worst)
     suspects = [
-        Suspect(n, graph.op_name(nodes[n]), graph.module_path(nodes[n]), own[n], alone[n])
+        Suspect(n, tensors.op_name(nodes[n]), tensors.module_path(nodes[n]), own[n], alone[n])
         for n in sorted(worst, key=lambda n: (alone[n], order.index(n)))
     ]
     culprit = suspects[0].node if suspects else first
@@ -204,7 +204,7 @@ def _carried(before: fx.GraphModule, after: fx.GraphModule, batches: list[Batch]
 
 
 def _isolated(gm: fx.GraphModule) -> fx.GraphModule:
-    twin = graph.isolate(gm)
+    twin = tensors.isolate(gm)
     assert isinstance(twin, fx.GraphModule)
     return twin
 

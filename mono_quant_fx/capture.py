@@ -26,12 +26,12 @@ from mono_quant_fx.export_ways import exported
 from mono_quant_fx.exporter import follow_inputs
 from mono_quant_fx.faithfulness import Expectation, check_faithful, expectation
 from mono_quant_fx.functionalize import input_notes
+from mono_quant_fx.graph.weight_ops import find_weights, hidden_weights
 from mono_quant_fx.process.surroundings import plain
 from mono_quant_fx.randomness import own_generators
 from mono_quant_fx.tracer import open_modules, trace
 from mono_quant_fx.tracing_lock import tracing
 from mono_quant_fx.twins import global_hooks, own_hooks, without_global_hooks
-from mono_quant_fx.weight_ops import find_weights, hidden_weights
 
 METHODS = ("auto", "symbolic", "export")
 

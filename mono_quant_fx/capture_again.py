@@ -9,7 +9,6 @@ from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from mono_quant_fx import graph
 from mono_quant_fx.belongings import kept
 from mono_quant_fx.capture import attempt
 from mono_quant_fx.capture_checks import check_model
@@ -18,6 +17,7 @@ from mono_quant_fx.data import Batch, to_batch
 from mono_quant_fx.errors import CaptureError, MonoQuantError
 from mono_quant_fx.exporter import export
 from mono_quant_fx.functionalize import input_notes
+from mono_quant_fx.graph.tensors import attach, get_attribute, is_persistent, named_tensors
 from mono_quant_fx.process.surroundings import plain
 from mono_quant_fx.tracer import trace
 from mono_quant_fx.twins import twin, without_global_hooks
@@ -89,10 +89,10 @@ def _without_values(model: nn.Module, record: CaptureRecord) -> fx.GraphModule:
 
 
 def _to_meta(gm: fx.GraphModule) -> None:
-    tensors, made = list(graph.named_tensors(gm)), dict[int, Tensor]()  # the list keeps ids from being used again
+    tensors, made = list(named_tensors(gm)), dict[int, Tensor]()  # the list keeps ids from being used again
     for name, tensor in tensors:
         if isinstance(tensor, FakeTensor):
-            graph.attach(gm, name, made.setdefault(id(tensor), _like(tensor, "meta")), graph.is_persistent(gm, name))
+            attach(gm, name, made.setdefault(id(tensor), _like(tensor, "meta")), is_persistent(gm, name))
 
 
 def _filled(batch: Batch, mode: FakeTensorMode) -> Batch:
@@ -108,16 +108,16 @@ def _hollow(model: nn.Module, record: CaptureRecord, mode: FakeTensorMode) -> nn
     original, model = model, twin(model)
     if model is original:
         raise CaptureError(f"{type(model).__name__} cannot be copied, and capturing must not touch the model itself")
-    names = {name for name, _ in graph.named_tensors(model)}
+    names = {name for name, _ in named_tensors(model)}
     made: dict[int, Tensor] = {}
     with mode:
-        for name, tensor in list(graph.named_tensors(model)):
-            persistent = graph.is_persistent(model, name)
+        for name, tensor in list(named_tensors(model)):
+            persistent = is_persistent(model, name)
             first = record.tied.get(name)
-            source = graph.get_attribute(model, first) if first in names else tensor
+            source = get_attribute(model, first) if first in names else tensor
             if id(source) not in made:
                 made[id(source)] = _like(source, "cpu")
-            graph.attach(model, name, made[id(source)], persistent)
+            attach(model, name, made[id(source)], persistent)
             made[id(made[id(source)])] = made[id(source)]
     return model
 

@@ -8,10 +8,10 @@ import torch
 from torch import fx, nn
 from torch.fx.graph import _PyTreeCodeGen
 
-from mono_quant_fx import graph
 from mono_quant_fx.capture_record import get_record
 from mono_quant_fx.errors import CaptureError
 from mono_quant_fx.exporter import check_exported_mode
+from mono_quant_fx.graph import tensors
 from mono_quant_fx.twins import unwrapped
 
 
@@ -29,7 +29,7 @@ def check_model(model: Any) -> nn.Module:
             "it was scripted or traced from"
         )
     model = unwrapped(model)
-    for name, tensor in graph.named_tensors(model):
+    for name, tensor in tensors.named_tensors(model):
         if nn.parameter.is_lazy(tensor):
             raise CaptureError(
                 f"{type(model).__name__}: {name!r} has no shape yet, because its module is a lazy one; run the model "

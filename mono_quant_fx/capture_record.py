@@ -11,8 +11,8 @@ from torch import Tensor, fx, nn
 
 from mono_quant_fx.data import Batch
 from mono_quant_fx.errors import FileFormatError
-from mono_quant_fx.graph import named_tensors
-from mono_quant_fx.own_names import plain_names, set_names
+from mono_quant_fx.graph.own_names import plain_names, set_names
+from mono_quant_fx.graph.tensors import named_tensors
 
 KEY = "mono_quant_fx_capture"
 CLOSED = "mono_quant_fx_closed"

@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from mono_quant_fx import graph
 from mono_quant_fx.data import Batch
+from mono_quant_fx.graph import tensors
+from mono_quant_fx.graph.state import written
 from mono_quant_fx.run import execute, inputs_of
-from mono_quant_fx.state import written
 
 
 class Carry:
@@ -31,7 +31,7 @@ class Carry:
         self.gm, self.replaced = gm, replaced
         self.inputs = [iter(inputs_of(gm, batch)) for batch in batches]
         self.batches = batches
-        self.constant = graph.constant_nodes(gm, written(gm))
+        self.constant = tensors.constant_nodes(gm, written(gm))
         self.values: dict[fx.Node, list[Any]] = {}
         self.left = Counter(a for n in gm.graph.nodes for a in n.all_input_nodes)
 
@@ -61,7 +61,7 @@ class Carry:
         if self.constant[node]:
             return
         if node.op == "get_attr":
-            self.put(node, [graph.get_attribute(self.gm, str(node.target)).clone() for _ in self.inputs])
+            self.put(node, [tensors.get_attribute(self.gm, str(node.target)).clone() for _ in self.inputs])
             return
         constants: dict[fx.Node, Any] = {}
 

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from mono_quant_fx import graph
 from mono_quant_fx.capture_record import graph_names
 from mono_quant_fx.errors import PlanError
 from mono_quant_fx.files.folder import TensorFolder, Tensors
 from mono_quant_fx.files.wrapped_names import align, few
+from mono_quant_fx.graph.tensors import is_persistent, named_tensors
 from mono_quant_fx.saving import digest
 
 #: How many names an error lists.
@@ -82,10 +82,10 @@ def match(tensors: Tensors, gm: fx.GraphModule, model: nn.Module) -> Checkpoint:
         PlanError: a tensor is nowhere, has another shape or dtype, or two that are tied differ; names them all (five).
     """
     aliases = _aliases(model)
-    spelled = align(tensors.entries, [name for part in (model, gm) for name, _ in graph.named_tensors(part)])
-    own = {name for name, _ in graph.named_tensors(model)}
+    spelled = align(tensors.entries, [name for part in (model, gm) for name, _ in named_tensors(part)])
+    own = {name for name, _ in named_tensors(model)}
     names, values, faults, absent = dict[str, str](), dict[str, Tensor](), list[str](), list[str]()
-    for name, tensor in graph.named_tensors(gm):
+    for name, tensor in named_tensors(gm):
         found = [spelled[n] for n in aliases.get(name, [name]) if n in spelled]
         value = tensor if not tensor.is_meta else _own_value(model, aliases.get(name, [name]))
         if found:
@@ -117,7 +117,7 @@ def _own_value(model: nn.Module, names: list[str]) -> Tensor | None:
     """The model's own value where no checkpoint has to have it: that of a buffer outside the state_dict."""
     buffers = dict(model.named_buffers(remove_duplicate=False))
     own = next((name for name in names if name in buffers), None)
-    if own is None or buffers[own].is_meta or graph.is_persistent(model, own):
+    if own is None or buffers[own].is_meta or is_persistent(model, own):
         return None
     return buffers[own]
 
@@ -144,9 +144,9 @@ def _dtype(dtype: torch.dtype) -> str:
 
 
 def _missing(tensors: Tensors, absent: list[str], model: nn.Module) -> str:
-    own = {name for name, _ in graph.named_tensors(model)}
+    own = {name for name, _ in named_tensors(model)}
     listed = few(absent)
-    outside = [n for n in absent if n not in own or not graph.is_persistent(model, n)]
+    outside = [n for n in absent if n not in own or not is_persistent(model, n)]
     if outside:
         remedy = (
             f"{outside[0]} is no part of the state_dict, so that its value has to come from the model: give that "

@@ -23,7 +23,7 @@ from mono_quant_fx.files.kinds import PICKLED, START, kind_of
 from mono_quant_fx.files.reader import TensorFile
 from mono_quant_fx.files.wrapped_names import align, few
 from mono_quant_fx.files.writer import naming
-from mono_quant_fx.graph import named_tensors
+from mono_quant_fx.graph.tensors import named_tensors
 
 #: How many differing tensors an error lists.
 SHOWN = 5

@@ -15,7 +15,7 @@ from mono_quant_fx.cli_report import model_report, result_report, verdict
 from mono_quant_fx.cli_text import CommandError, Report
 from mono_quant_fx.compiler import quantize
 from mono_quant_fx.config import QuantConfig
-from mono_quant_fx.graph import named_tensors
+from mono_quant_fx.graph.tensors import named_tensors
 from mono_quant_fx.result import save
 from mono_quant_fx.streaming import quantize_checkpoint
 

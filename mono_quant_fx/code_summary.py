@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from mono_quant_fx.annotation import QuantAnnotation, stored_weight
+from mono_quant_fx.graph.annotation import QuantAnnotation, stored_weight
+from mono_quant_fx.graph.weight_ops import matrix_shape
 from mono_quant_fx.numerics import affine
-from mono_quant_fx.weight_ops import matrix_shape
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from mono_quant_fx import graph
 from mono_quant_fx.data import Batch, Prepare, leaves, to_batch
 from mono_quant_fx.errors import CalibrationError
+from mono_quant_fx.graph import tensors
 from mono_quant_fx.run import run_batch
 
 UNLIMITED = 1 << 62
@@ -129,7 +129,7 @@ def is_batch_axis(gm: fx.GraphModule, batch: Batch, at: int) -> bool:
     size = min(TRIED_ROWS, at, batch.samples() - at)
     if size < 1:
         return False
-    twin = graph.isolate(gm)
+    twin = tensors.isolate(gm)
     assert isinstance(twin, fx.GraphModule)
     try:
         both, first, second = (_outputs(twin, batch.rows(*r)) for r in ((0, 2 * size), (0, size), (size, 2 * size)))

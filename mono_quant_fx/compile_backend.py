@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from mono_quant_fx import graph
-from mono_quant_fx.annotation import QuantAnnotation, annotated, pending
 from mono_quant_fx.compile_report import CompileReport, Ledger
 from mono_quant_fx.config import QuantConfig
 from mono_quant_fx.dynamo_frames import Fallback, ensure_listening, listen
 from mono_quant_fx.dynamo_graph import lift, rebind
 from mono_quant_fx.errors import ConfigError, PerformanceWarning
+from mono_quant_fx.graph import tensors
+from mono_quant_fx.graph.annotation import QuantAnnotation, annotated, pending
 from mono_quant_fx.numerics.affine import QuantizedWeight
 from mono_quant_fx.pass_base import Pipeline
 from mono_quant_fx.passes import CodeAttachment, SkipAnnotation
@@ -141,7 +141,7 @@ class CompileBackend:
         """The codes of what has a scheme, and the reasons of weights that must stay float all the same."""
         entries, floats = {}, {}
         for node, annotation in list(pending(gm)):
-            tensor = graph.get_tensor(gm, node)
+            tensor = tensors.get_tensor(gm, node)
             assert tensor is not None
             reason = _why_float(tensor)
             if reason is not None:

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx, nn
 
-from mono_quant_fx import graph
 from mono_quant_fx.capture_record import closed_because
-from mono_quant_fx.storage_bytes import stored_bytes
+from mono_quant_fx.graph.storage_bytes import stored_bytes
+from mono_quant_fx.graph.tensors import named_tensors
+from mono_quant_fx.graph.ways_out import way_out
 from mono_quant_fx.table import AccuracyTable
 from mono_quant_fx.table_row import AccuracyRow
-from mono_quant_fx.ways_out import way_out
 
 #: The share below which a result says so, how many causes it names, and the share below which a cause is none.
 LEAST, SHOWN, SMALL = 0.5, 3, 0.01
@@ -43,7 +43,7 @@ def coverage_notes(gm: fx.GraphModule, table: AccuracyTable, model: nn.Module) -
     """
     tensors: dict[int, Tensor] = {id(t): t for t in (*model.parameters(), *gm.parameters())}
     known = {row.weight for row in table.rows}
-    tensors |= {id(t): t for name, t in graph.named_tensors(gm) if name in known}
+    tensors |= {id(t): t for name, t in named_tensors(gm) if name in known}
     total = stored_bytes(tensors.values())
     quantized = sum(row.bytes_before for row in table.rows if row.weight_sqnr_db is not None)
     if not total or quantized >= LEAST * total:
@@ -65,12 +65,12 @@ def _causes(gm: fx.GraphModule, table: AccuracyTable, model: nn.Module) -> list[
     for row in left:
         nbytes[row.reason] += row.bytes_before
         first.setdefault(row.reason, row)
-    names = {name for name, _ in graph.named_tensors(gm)}
+    names = {name for name, _ in named_tensors(gm)}
     causes = [
         Cause(reason, count, first[reason].weight, way_out(reason, first[reason].weight, names, closed_because(gm)))
         for reason, count in nbytes.items()
     ]
-    here = {_identity(t) for _, t in graph.named_tensors(gm)}
+    here = {_identity(t) for _, t in named_tensors(gm)}
     lost = {name: t for name, t in model.named_parameters() if _identity(t) not in here}
     if lost:
         causes.append(Cause(UNUSED, stored_bytes(lost.values()), next(iter(lost))))

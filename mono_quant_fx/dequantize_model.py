@@ -6,19 +6,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from mono_quant_fx import graph, ops
-from mono_quant_fx.annotation import (
+from mono_quant_fx import ops
+from mono_quant_fx.graph import tensors
+from mono_quant_fx.graph.annotation import (
     QuantAnnotation,
     annotated,
     drop_annotation,
     get_annotation,
     stored_weight,
 )
-from mono_quant_fx.codes import restore
-from mono_quant_fx.merging import unmerge
+from mono_quant_fx.graph.codes import restore
+from mono_quant_fx.graph.merging import unmerge
+from mono_quant_fx.graph.weight_ops import from_matrix
 from mono_quant_fx.ops.static_int8 import CONVS
 from mono_quant_fx.pass_base import Pass
-from mono_quant_fx.weight_ops import from_matrix
 
 aten = torch.ops.aten
 
@@ -51,13 +52,13 @@ def dequantize_model(gm: fx.GraphModule) -> fx.GraphModule:
     Raises:
         PreconditionError: `gm` is no GraphModule or holds nothing quantized.
     """
-    return _Dequantize()(graph.need_graph(gm, "dequantize_model")).graph_module
+    return _Dequantize()(tensors.need_graph(gm, "dequantize_model")).graph_module
 
 
 def _restore(gm: fx.GraphModule, packed: fx.Node, annotation: QuantAnnotation) -> None:
     value = _float_weight(gm, annotation)
     users = list(packed.users)
-    graph.attach(gm, annotation.weight, nn.Parameter(value, requires_grad=False))  # INT8 codes have this very name
+    tensors.attach(gm, annotation.weight, nn.Parameter(value, requires_grad=False))  # INT8 codes have this very name
     with gm.graph.inserting_before(packed):
         weight = gm.graph.get_attr(annotation.weight)
     weight.meta = {k: v for k, v in packed.meta.items() if get_annotation(packed) is not v}

@@ -16,8 +16,8 @@ from mono_quant_fx.draw_facts import collect_facts, folded_into
 from mono_quant_fx.draw_svg import Canvas
 from mono_quant_fx.draw_tree import Box, build_tree
 from mono_quant_fx.errors import ConfigError
-from mono_quant_fx.graph import need_graph
-from mono_quant_fx.printing import diff_graphs, format_graph, format_node
+from mono_quant_fx.graph.tensors import need_graph
+from mono_quant_fx.graph.text import diff_graphs, format_graph, format_node
 from mono_quant_fx.table import AccuracyTable
 from mono_quant_fx.web.page import Shown, asset, details, escape, frame
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from mono_quant_fx import graph
+from mono_quant_fx.graph import tensors
 
 #: In an input's meta["tensor_dict"], where Dynamo marks what belongs to a module.
 STATIC = "_dynamo_static_input_type"
@@ -53,7 +53,7 @@ class Names:
     def __init__(self, sources: Sequence[str], model: nn.Module | None = None):
         roots = {m[1] for m in map(_ROOT.match, sources) if m}
         self._is_rooted = len(roots) > 1
-        self._tensors = {} if model is None else {id(t): n for n, t in reversed([*graph.named_tensors(model)])}
+        self._tensors = {} if model is None else {id(t): n for n, t in reversed([*tensors.named_tensors(model)])}
         self._modules = {} if model is None else {str(id(m)): n for n, m in model.named_modules()}
 
     def tensor(self, source: str, tensor: Tensor) -> str:
@@ -94,7 +94,7 @@ def lift(gm: fx.GraphModule, example_inputs: Sequence[Any], model: nn.Module | N
     """
     static = {n.name: (i, _source(n), t) for i, n, t in _static(gm, example_inputs)}
     names = Names([source for _, source, _ in static.values()], model)
-    twin = graph.clone(gm)
+    twin = tensors.clone(gm)
     inputs: dict[str, int] = {}
     last = _placeholders(twin)[-1] if static else None
     for node in list(twin.graph.nodes):
@@ -105,7 +105,7 @@ def lift(gm: fx.GraphModule, example_inputs: Sequence[Any], model: nn.Module | N
             position, source, tensor = static[node.name]
             name = _free(_attachable(names.tensor(source, tensor)), inputs)
             inputs[name] = position
-            graph.attach(twin, name, tensor)
+            tensors.attach(twin, name, tensor)
             with twin.graph.inserting_after(last):
                 last = constant = twin.graph.get_attr(name)
             constant.meta = dict(node.meta)
@@ -125,7 +125,7 @@ def rebind(gm: fx.GraphModule, lifted: Lifted, original: fx.GraphModule, codes: 
             with gm.graph.inserting_after(last):
                 last = gm.graph.placeholder(f"codes_{len(constants)}")
             last.meta = {"tensor_dict": {STATIC: "unguarded"}}
-            constants[name] = graph.get_attribute(gm, name)
+            constants[name] = tensors.get_attribute(gm, name)
             node.replace_all_uses_with(last)
         elif name in inputs:
             node.replace_all_uses_with(nodes[inputs[name]])
@@ -137,7 +137,7 @@ def rebind(gm: fx.GraphModule, lifted: Lifted, original: fx.GraphModule, codes: 
         gm.graph.erase_node(nodes[i])
     kept = tuple(i for i in range(len(nodes)) if i not in unused)
     _mark_as_dynamos(gm, original, kept)
-    graph.drop_unused(gm)
+    tensors.drop_unused(gm)
     gm.graph.lint()
     gm.recompile()
     return Rebound(gm, kept, tuple(constants))

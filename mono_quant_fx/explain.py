@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 from torch import fx
 
-from mono_quant_fx import graph
-from mono_quant_fx.annotation import ObservedInput, QuantAnnotation, annotated, stored_weight
 from mono_quant_fx.code_summary import CodeSummary, summarize
 from mono_quant_fx.errors import ConfigError, PreconditionError, UnknownNameError
 from mono_quant_fx.explanation import Chapter, Explanation
-from mono_quant_fx.own_names import own_name
-from mono_quant_fx.provenance import Step, history
+from mono_quant_fx.graph.annotation import ObservedInput, QuantAnnotation, annotated, stored_weight
+from mono_quant_fx.graph.own_names import own_name
+from mono_quant_fx.graph.provenance import Step, history
+from mono_quant_fx.graph.tensors import get_tensor, module_path, module_stack, op_name
 from mono_quant_fx.result import QuantizationResult
 from mono_quant_fx.table import AccuracyTable
 from mono_quant_fx.table_row import AccuracyRow, db
@@ -68,7 +68,7 @@ class _Book:
         self.measured_on = None if table is None else table.measured_on
         self.nodes = {node.name: node for node in gm.graph.nodes}
         self.weights = list(annotated(gm))
-        self.paths = {node: {path for path, _ in graph.module_stack(node)} for node in gm.graph.nodes}
+        self.paths = {node: {path for path, _ in module_stack(node)} for node in gm.graph.nodes}
 
     def chapters(self, name: str) -> Iterator[Chapter]:
         """Those of a module's weights, or of what else has the name.
@@ -144,12 +144,12 @@ class _Book:
         return reversed(told)
 
     def _node(self, node: fx.Node) -> Chapter:
-        value = graph.get_tensor(self.gm, node)
-        kind = f"get_attr {node.target}" if node.op == "get_attr" else graph.op_name(node)
+        value = get_tensor(self.gm, node)
+        kind = f"get_attr {node.target}" if node.op == "get_attr" else op_name(node)
         kind = node.op if node.op in ("placeholder", "output") else kind
         reads, readers = (", ".join(n.name for n in nodes) for nodes in (node.all_input_nodes, node.users))
         facts = [
-            ("op", kind + _in(graph.module_path(node))),
+            ("op", kind + _in(module_path(node))),
             *_where([node]),
             *([("value", _tensor(value))] if value is not None else []),
             *([("reads", reads)] if reads else []),
@@ -243,8 +243,8 @@ def _computed(annotation: QuantAnnotation, users: list[fx.Node]) -> list[Fact]:
     if annotation.merged is not None:
         whole = users[0].all_input_nodes[0].all_input_nodes[0]
         pieces = [node.name for node in users[0].all_input_nodes[0].users]
-        return [("runs as", f"{graph.op_name(whole)} {whole.name}, one product for {', '.join(pieces)}")]
-    told = {node.name: graph.op_name(node) for node in users}
+        return [("runs as", f"{op_name(whole)} {whole.name}, one product for {', '.join(pieces)}")]
+    told = {node.name: op_name(node) for node in users}
     changed = [told[user.node] for user in annotation.users if told.get(user.node, user.op) != user.op]
     if changed:
         return [("runs as", ", ".join(dict.fromkeys(changed)))]

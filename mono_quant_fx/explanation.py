@@ -6,7 +6,7 @@ import html
 from dataclasses import dataclass
 
 from mono_quant_fx.code_summary import CodeSummary
-from mono_quant_fx.provenance import Step
+from mono_quant_fx.graph.provenance import Step
 
 
 @dataclass(frozen=True)

@@ -10,18 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from mono_quant_fx import graph, ops
-from mono_quant_fx.annotation import QuantAnnotation, WeightUser, annotated, stored_weight
+from mono_quant_fx import ops
 from mono_quant_fx.checks import whole
 from mono_quant_fx.compressed_tensors_config import Layer, quantization_config
 from mono_quant_fx.errors import CheckpointError, PreconditionError
 from mono_quant_fx.files.checkpoint_files import CONFIG, read_json, write_checkpoint
 from mono_quant_fx.foreign_packing import pack_zero_points
-from mono_quant_fx.merging import LinearCall
-from mono_quant_fx.own_names import own_name
+from mono_quant_fx.graph.annotation import QuantAnnotation, WeightUser, annotated, stored_weight
+from mono_quant_fx.graph.merging import LinearCall
+from mono_quant_fx.graph.own_names import own_name
+from mono_quant_fx.graph.tensors import get_attribute, op_name
+from mono_quant_fx.graph.weight_ops import matrix_shape
 from mono_quant_fx.process.surroundings import in_plain_surroundings
 from mono_quant_fx.result import QuantizationResult
-from mono_quant_fx.weight_ops import matrix_shape
 
 _REMEDY = "leave the weight out with modules_to_not_convert"
 
@@ -100,7 +101,7 @@ def _check_inputs(gm: fx.GraphModule) -> None:
         if node.target is ops.dequantize_activation:
             reader = next(iter(node.users), node)
             raise CheckpointError(
-                f"{reader.name} ({graph.op_name(reader)}) reads an INT8 input, and compressed-tensors' format has INT8 "
+                f"{reader.name} ({op_name(reader)}) reads an INT8 input, and compressed-tensors' format has INT8 "
                 "inputs of nn.Linear only; quantize with activations=None, or leave this weight out"
             )
 
@@ -199,7 +200,7 @@ def _merged_bias(gm: fx.GraphModule, node: fx.Node, annotation: QuantAnnotation)
     call = LinearCall.read(_whole(node)) if rows is not None else None
     if rows is None or rows.bias is None or call is None or call.bias is None:
         return {}
-    bias: Tensor = graph.get_attribute(gm, str(call.bias.target))
+    bias: Tensor = get_attribute(gm, str(call.bias.target))
     return {rows.bias: bias.detach()[rows.start : rows.stop]}
 
 
@@ -209,7 +210,7 @@ def _input_tensors(gm: fx.GraphModule, nodes: dict[str, fx.Node], annotation: Qu
     if found is None:
         return {}
     module = annotation.weight.rpartition(".")[0]
-    scale, zero_point = (graph.get_attribute(gm, str(n.target)) for n in found)
+    scale, zero_point = (get_attribute(gm, str(n.target)) for n in found)
     tensors = {f"{module}.input_scale": scale.clone()}
     if annotation.activations == "int8 asym":
         tensors[f"{module}.input_zero_point"] = zero_point.clone()

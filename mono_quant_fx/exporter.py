@@ -13,8 +13,8 @@ from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from mono_quant_fx.capture_record import all_names
 from mono_quant_fx.data import Batch
 from mono_quant_fx.errors import CaptureError
-from mono_quant_fx.graph import attach, is_persistent, named_tensors
-from mono_quant_fx.own_names import plain_names
+from mono_quant_fx.graph.own_names import plain_names
+from mono_quant_fx.graph.tensors import attach, is_persistent, named_tensors
 from mono_quant_fx.randomness import nothing_else_drawn
 from mono_quant_fx.regions import open_regions
 from mono_quant_fx.stopwatch import Stopwatch
@@ -56,7 +56,7 @@ def export(
 
 
 def _with_plain_names(program: torch.export.ExportedProgram, names: list[str]) -> dict[str, str]:
-    """Gives the tensors of a program names that its module can have; see own_names.py."""
+    """Gives the tensors of a program names that its module can have; see graph/own_names.py."""
     plain = plain_names([*names, *program.state_dict, *program.constants])
     for spec in (*program.graph_signature.input_specs, *program.graph_signature.output_specs):
         if spec.target is not None:

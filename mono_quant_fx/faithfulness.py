@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from mono_quant_fx import graph
 from mono_quant_fx.agreement import Tolerance, coarsest, difference, tolerance
 from mono_quant_fx.capture_errors import explain_own_failure, reason
 from mono_quant_fx.data import Batch, leaves
 from mono_quant_fx.errors import CaptureError
+from mono_quant_fx.graph.tensors import isolate, named_tensors
 from mono_quant_fx.process.this_thread import unheard
 from mono_quant_fx.randomness import own_generators
 from mono_quant_fx.rebinding import check_read, plain_tensors
@@ -56,7 +56,7 @@ class Expectation:
     @functools.cached_property
     def allowed(self) -> Tolerance:
         """How near a graph has to come, by the dtypes that the model computes in."""
-        tensors = (t for _, t in graph.named_tensors(self.model))
+        tensors = (t for _, t in named_tensors(self.model))
         return tolerance(coarsest(lambda: self._run(self.example), iter([*tensors, *self.first])))
 
     def _run(self, batch: Batch) -> list[Any]:
@@ -83,7 +83,7 @@ def expectation(model: nn.Module, example: Batch) -> Expectation | None:
     Raises:
         CaptureError: the model itself fails on the example.
     """
-    if any(t.is_meta for _, t in graph.named_tensors(model)):
+    if any(t.is_meta for _, t in named_tensors(model)):
         return None
     return Expectation(model, example)
 
@@ -188,7 +188,7 @@ def _interpret(gm: nn.Module, values: list[Any]) -> Any:
 def _running_twin(model: nn.Module) -> nn.Module:
     """A copy whose buffers may be written, where the model can be copied."""
     try:
-        return graph.isolate(model)
+        return isolate(model)
     except Exception:
         return model
 

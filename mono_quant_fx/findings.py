@@ -9,9 +9,9 @@ from typing import Protocol
 
 from torch import fx
 
-from mono_quant_fx.annotation import annotated
 from mono_quant_fx.config import QuantConfig
 from mono_quant_fx.errors import AccuracyError
+from mono_quant_fx.graph.annotation import annotated
 from mono_quant_fx.info import QuantizationInfo
 from mono_quant_fx.judging import UNUSUAL_DB, Verdict, verdicts
 from mono_quant_fx.table import CALIBRATION, AccuracyTable

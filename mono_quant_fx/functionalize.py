@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from torch import fx
 
-from mono_quant_fx import graph
-from mono_quant_fx.calls import bodies, call_name
-from mono_quant_fx.effect_tables import RESHAPERS
-from mono_quant_fx.effects import is_pieces, is_view, writes
+from mono_quant_fx.graph import tensors
+from mono_quant_fx.graph.calls import bodies, call_name
+from mono_quant_fx.graph.effect_tables import RESHAPERS
+from mono_quant_fx.graph.effects import is_pieces, is_view, writes
+from mono_quant_fx.graph.state import own_state, share_memory
 from mono_quant_fx.lookups import renormalize_rows
-from mono_quant_fx.state import own_state, share_memory
 from mono_quant_fx.write_walk import Walk
 
 #: The key of gm.meta that holds the names of the inputs that the model writes.
@@ -38,7 +38,7 @@ def functionalize(gm: fx.GraphModule) -> fx.GraphModule:
         gm.meta[WRITTEN_INPUTS] = tuple(written)
     for each in (*walk.walked.values(), walk):
         _finish(each)
-    graph.drop_unused(gm)
+    tensors.drop_unused(gm)
     own_state(gm)
     return gm
 

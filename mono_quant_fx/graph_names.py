@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Container
 from typing import Any
 
+from mono_quant_fx.graph.own_names import is_taken, spoken
 from mono_quant_fx.json_values import need
-from mono_quant_fx.own_names import is_taken, spoken
 
 #: Modules inside modules.
 _DEEPEST = 100

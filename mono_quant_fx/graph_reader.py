@@ -9,18 +9,18 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.fx.graph import CodeGen, _PyTreeCodeGen, _PyTreeInfo
 
-from mono_quant_fx import graph
-from mono_quant_fx.annotation import QuantAnnotation, set_annotation
 from mono_quant_fx.call_checks import check_call, check_method
 from mono_quant_fx.errors import GraphFormatError
+from mono_quant_fx.graph.annotation import QuantAnnotation, set_annotation
+from mono_quant_fx.graph.own_names import is_name
+from mono_quant_fx.graph.provenance import Step
+from mono_quant_fx.graph.tensors import HISTORY, attach, get_attribute, named_tensors
 from mono_quant_fx.graph_names import RESERVED, above, check_path, targets_of
 from mono_quant_fx.graph_ops import function_of
 from mono_quant_fx.graph_writer import FORMAT, VERSION
 from mono_quant_fx.guards import GuardsFn
 from mono_quant_fx.json_values import fields, items, need, record_from_json, show, value_from_json, within
 from mono_quant_fx.leaf_modules import leaf_from_json
-from mono_quant_fx.own_names import is_name
-from mono_quant_fx.provenance import Step
 from mono_quant_fx.stored_writes import through_from_json
 from mono_quant_fx.tensor_table import TensorTable
 from mono_quant_fx.tree_json import tree_from_json
@@ -85,17 +85,17 @@ class Reader:
             return through_from_json(record)
         names = self.tensors.below(prefix)
         module = leaf_from_json(record, len(names))
-        wanted = {name: tuple(t.shape) for name, t in graph.named_tensors(module)}
+        wanted = {name: tuple(t.shape) for name, t in named_tensors(module)}
         need(wanted.keys() == set(names), "its tensors", sorted(names), f"its class has {sorted(wanted)}")
         for name in names:
             tensor, persistent = self.tensors.take(prefix + name)
             need(
                 tuple(tensor.shape) == wanted[name], f"{name}'s shape", tuple(tensor.shape), f"{wanted[name]} is needed"
             )
-            owner = graph.get_attribute(module, name.rpartition(".")[0]) if "." in name else module
+            owner = get_attribute(module, name.rpartition(".")[0]) if "." in name else module
             is_parameter = name.rpartition(".")[2] in owner._parameters
             need(isinstance(tensor, nn.Parameter) is is_parameter, name, tensor.dtype, "parameters stay parameters")
-            graph.attach(module, name, tensor, persistent)
+            attach(module, name, tensor, persistent)
         return module
 
     def _attach(self, gm: fx.GraphModule, targets: list[str], modules: dict[str, nn.Module], prefix: str) -> None:
@@ -108,12 +108,12 @@ class Reader:
                 home = target if target in modules else above(target, modules)
                 if not home:
                     tensor, persistent = self.tensors.take(prefix + target)
-                    graph.attach(gm, target, tensor, persistent)
+                    attach(gm, target, tensor, persistent)
                     continue
                 if home not in read:
-                    graph.attach(gm, home, modules[home])
+                    attach(gm, home, modules[home])
                     read.add(home)
-                inside = dict(graph.named_tensors(modules[home])) | dict(modules[home].named_modules())
+                inside = dict(named_tensors(modules[home])) | dict(modules[home].named_modules())
                 inner = target[len(home) + 1 :]
                 need(inner in inside, "the path", target, f"the module {home} has no such part")
         need(len(read) == len(modules), "a module", [m for m in modules if m not in read], "no node reads it")
@@ -157,7 +157,7 @@ class Reader:
             set_annotation(node, record_from_json(QuantAnnotation, record["annotation"], "an annotation"))
         if "history" in record:
             numbers = items(record["history"], "its history")
-            node.meta[graph.HISTORY] = tuple(_at(self.steps, number, "its history") for number in numbers)
+            node.meta[HISTORY] = tuple(_at(self.steps, number, "its history") for number in numbers)
 
 
 def _at(table: list[Any], index: Any, what: str) -> Any:
@@ -186,7 +186,7 @@ def _resolve(
         check_method(target, args, kwargs)
         return target
     if op == "call_module":
-        need(isinstance(graph.get_attribute(gm, target), nn.Module), "its target", target, "it is no module")
+        need(isinstance(get_attribute(gm, target), nn.Module), "its target", target, "it is no module")
         return target
     sizes = {"placeholder": (0, 1), "get_attr": (0,), "output": (1,)}[op]
     need(

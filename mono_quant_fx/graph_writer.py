@@ -10,16 +10,16 @@ from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 from torch.fx.graph import CodeGen, _PyTreeCodeGen
 
-from mono_quant_fx import graph
 from mono_quant_fx.allowed_aten import WAYS_OUT
-from mono_quant_fx.annotation import get_annotation
 from mono_quant_fx.errors import NotSelfContainedError
 from mono_quant_fx.files.json_records import to_plain
+from mono_quant_fx.graph.annotation import get_annotation
+from mono_quant_fx.graph.provenance import Step, history
+from mono_quant_fx.graph.tensors import get_attribute, is_persistent, module_stack, named_tensors
 from mono_quant_fx.graph_ops import function_name, is_method
 from mono_quant_fx.guards import GuardsFn, is_guards, trace_guards
 from mono_quant_fx.json_values import DTYPES, value_to_json, within
 from mono_quant_fx.leaf_modules import check_hooks, leaf_to_json
-from mono_quant_fx.provenance import Step, history
 from mono_quant_fx.pure_writes import Through
 from mono_quant_fx.stored_writes import through_to_json
 from mono_quant_fx.tree_json import tree_to_json
@@ -85,7 +85,7 @@ class Writer:
             record["annotation"] = to_plain(annotation, brief=True)
         if history(node):
             record["history"] = [self.steps.setdefault(step, len(self.steps)) for step in history(node)]
-        stack = tuple(graph.module_stack(node))
+        stack = tuple(module_stack(node))
         if stack:
             record["stack"] = self.stacks.setdefault(stack, len(self.stacks))
         trace = node.meta.get("stack_trace")
@@ -95,9 +95,9 @@ class Writer:
 
     def _attribute(self, gm: fx.GraphModule, node: fx.Node, prefix: str, modules: dict[str, Any]) -> None:
         target = str(node.target)
-        value = graph.get_attribute(gm, target)
+        value = get_attribute(gm, target)
         if isinstance(value, Tensor):
-            self._tensor(prefix + target, value, graph.is_persistent(gm, target))
+            self._tensor(prefix + target, value, is_persistent(gm, target))
         elif not isinstance(value, nn.Module):
             raise NotSelfContainedError(
                 f"it reads the attribute {target}, a {type(value).__qualname__}; only tensors and modules can be stored"
@@ -116,8 +116,8 @@ class Writer:
         if isinstance(module, Through):
             return through_to_json(module)
         record = leaf_to_json(module)
-        for name, tensor in graph.named_tensors(module):
-            self._tensor(prefix + name, tensor, graph.is_persistent(module, name))
+        for name, tensor in named_tensors(module):
+            self._tensor(prefix + name, tensor, is_persistent(module, name))
         return record
 
     def _tensor(self, name: str, tensor: Tensor, persistent: bool) -> None:

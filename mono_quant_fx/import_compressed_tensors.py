@@ -13,8 +13,6 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from mono_quant_fx import graph
-from mono_quant_fx.annotation import annotated
 from mono_quant_fx.capture import capture
 from mono_quant_fx.capture_record import graph_names
 from mono_quant_fx.config import QuantConfig, QuantScheme
@@ -22,13 +20,15 @@ from mono_quant_fx.data import to_batch
 from mono_quant_fx.errors import CheckpointError
 from mono_quant_fx.files.checkpoint_files import Checkpoint
 from mono_quant_fx.foreign_weights import Reader, StoredWeight, Wanted
+from mono_quant_fx.graph.annotation import annotated
+from mono_quant_fx.graph.tensors import attach, clone, get_attribute, is_persistent, named_tensors
+from mono_quant_fx.graph.weight_ops import find_weights, matrix_shape
 from mono_quant_fx.numerics.affine import QuantizedWeight
 from mono_quant_fx.pass_base import Pipeline
 from mono_quant_fx.passes import CodeAttachment, SkipAnnotation
 from mono_quant_fx.passes.code_attachment import GivenCodes
 from mono_quant_fx.pipelines import lowering
 from mono_quant_fx.process.surroundings import in_plain_surroundings
-from mono_quant_fx.weight_ops import find_weights, matrix_shape
 
 
 @in_plain_surroundings
@@ -125,9 +125,9 @@ class _Names:
 def _skeleton(model: nn.Module, example_inputs: Any, names: _Names) -> fx.GraphModule:
     """A float graph with tensors of its own names; on the meta device where the model has no values."""
     if not any(t.is_meta for t in names.tensors.values()):
-        return graph.clone(capture(model, example_inputs))
+        return clone(capture(model, example_inputs))
     memo: dict[int, Any] = {id(t): _on_meta(t) for t in names.tensors.values()}
-    gm = graph.clone(capture(copy.deepcopy(model, memo), _example_on_meta(example_inputs)))
+    gm = clone(capture(copy.deepcopy(model, memo), _example_on_meta(example_inputs)))
     for part in gm.modules():
         if isinstance(part, fx.GraphModule):
             _leave_meta(part, names.device)
@@ -171,11 +171,11 @@ def _plain_tensors(
 ) -> list[tuple[str, str]]:
     """(name in the graph, name in the checkpoint) of what is loaded as it is, checked."""
     found = []
-    for name, tensor in graph.named_tensors(gm):
+    for name, tensor in named_tensors(gm):
         if name in stored or name not in names.tensors:
             continue
         there = next((n for n in names.aliases(name) if n in checkpoint), None)
-        if there is None and not graph.is_persistent(gm, name):
+        if there is None and not is_persistent(gm, name):
             continue
         checkpoint.check(there or name, tuple(tensor.shape), tensor.dtype)
         found.append((name, there or name))
@@ -197,9 +197,9 @@ def _check_left_over(names: _Names, checkpoint: Checkpoint, used: set[str]) -> N
 
 
 def _replace(gm: fx.GraphModule, name: str, tensor: Tensor) -> None:
-    is_parameter = isinstance(graph.get_attribute(gm, name), nn.Parameter)
-    persistent = graph.is_persistent(gm, name)
-    graph.attach(gm, name, nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor, persistent)
+    is_parameter = isinstance(get_attribute(gm, name), nn.Parameter)
+    persistent = is_persistent(gm, name)
+    attach(gm, name, nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor, persistent)
 
 
 def _fill_buffers(gm: fx.GraphModule, names: _Names, stored: Mapping[str, StoredWeight]) -> None:
@@ -208,7 +208,7 @@ def _fill_buffers(gm: fx.GraphModule, names: _Names, stored: Mapping[str, Stored
     Raises:
         CheckpointError: it has no values there either.
     """
-    for name, tensor in list(graph.named_tensors(gm)):
+    for name, tensor in list(named_tensors(gm)):
         if not tensor.is_meta or name in stored:
             continue
         value = names.tensors.get(name)

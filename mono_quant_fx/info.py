@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from mono_quant_fx import graph
-from mono_quant_fx.annotation import annotated
 from mono_quant_fx.config import QuantConfig
-from mono_quant_fx.own_names import own_name
+from mono_quant_fx.graph import tensors
+from mono_quant_fx.graph.annotation import annotated
+from mono_quant_fx.graph.own_names import own_name
 from mono_quant_fx.table import AccuracyTable
 
 
@@ -78,7 +78,7 @@ def info_of(
         else:
             skipped[name] = annotation.reason
     return QuantizationInfo(
-        config.bits, config.group_size, config.symmetric, graph.total_bytes(gm), graph.total_bytes(out),
+        config.bits, config.group_size, config.symmetric, tensors.total_bytes(gm), tensors.total_bytes(out),
         table.output_sqnr_db, samples, quantized, skipped, [], seconds, table.measured_on,
         table.samples if table.measured_on else 0,
     )  # fmt: skip

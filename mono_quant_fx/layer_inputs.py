@@ -12,9 +12,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from mono_quant_fx.graph import op_name
-from mono_quant_fx.weight_table import WeightOp
-from mono_quant_fx.windows import ConvWindow, read_window
+from mono_quant_fx.graph.tensors import op_name
+from mono_quant_fx.graph.weight_table import WeightOp
+from mono_quant_fx.graph.windows import ConvWindow, read_window
 
 SAMPLES_A_TIME = 1 << 14
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mono_quant_fx.checked_calls import LARGEST, bounded
 from mono_quant_fx.errors import GraphFormatError, NotSelfContainedError
-from mono_quant_fx.graph import named_tensors
+from mono_quant_fx.graph.tensors import named_tensors
 from mono_quant_fx.json_values import fields, need, value_from_json, value_to_json
 from mono_quant_fx.process.this_thread import unheard
 

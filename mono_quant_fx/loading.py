@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from mono_quant_fx import graph
-from mono_quant_fx.annotation import QuantAnnotation
 from mono_quant_fx.capture import capture
 from mono_quant_fx.capture_again import capture_again
 from mono_quant_fx.capture_record import CaptureRecord, set_record
@@ -20,9 +18,11 @@ from mono_quant_fx.config import QuantConfig
 from mono_quant_fx.errors import FileFormatError, PlanError
 from mono_quant_fx.files.folder import Tensors, open_tensors
 from mono_quant_fx.files.json_records import from_plain
+from mono_quant_fx.graph import tensors as graph
+from mono_quant_fx.graph.annotation import QuantAnnotation
+from mono_quant_fx.graph.merging import merged_pieces
 from mono_quant_fx.graph_json import graph_from_json
 from mono_quant_fx.info import QuantizationInfo
-from mono_quant_fx.merging import merged_pieces
 from mono_quant_fx.pass_base import Pipeline
 from mono_quant_fx.passes import PlanRestoration
 from mono_quant_fx.pipelines import lowering

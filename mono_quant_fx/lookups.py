@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from mono_quant_fx import graph
-from mono_quant_fx.calls import place_of
+from mono_quant_fx.graph import tensors
+from mono_quant_fx.graph.calls import place_of
 
 aten = torch.ops.aten
 _BAGS = (F.embedding_bag, aten.embedding_bag.default, aten.embedding_bag.padding_idx)
@@ -23,7 +23,7 @@ _ROWS = (F.embedding, aten.embedding.default)
 
 def renormalize_rows(gm: fx.GraphModule) -> None:
     """Of every weight that is read by such lookups alone, all with one max_norm; others are written as before."""
-    for weight in [n for n in gm.graph.nodes if n.op == "get_attr" and graph.get_tensor(gm, n) is not None]:
+    for weight in [n for n in gm.graph.nodes if n.op == "get_attr" and tensors.get_tensor(gm, n) is not None]:
         views = [weight, *(u for u in weight.users if u.target is aten.detach.default)]
         readers = [u for view in views for u in view.users if u not in views]
         asked = [_asked(reader) for reader in readers]

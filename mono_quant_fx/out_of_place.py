@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from mono_quant_fx import graph
-from mono_quant_fx.calls import (
+from mono_quant_fx.errors import CaptureError
+from mono_quant_fx.graph import tensors
+from mono_quant_fx.graph.calls import (
     augmented,
     call_name,
     first_argument,
@@ -21,8 +22,7 @@ from mono_quant_fx.calls import (
     nodes_in,
     place_of,
 )
-from mono_quant_fx.errors import CaptureError
-from mono_quant_fx.free_names import free_name
+from mono_quant_fx.graph.free_names import free_name
 from mono_quant_fx.pure_writes import Method, OnCopies, set_item
 
 aten = torch.ops.aten
@@ -82,7 +82,7 @@ def on_copies(node: fx.Node, targets: list[fx.Node], kept: list[fx.Node]) -> tup
         call = module_of(node)
     written = [i for i, n in enumerate(node.all_input_nodes) if n in kept]
     place = free_name(owner, f"{node.name}_on_copies")
-    graph.attach(owner, place, OnCopies(call, copied, written).eval())  # type: ignore[arg-type]
+    tensors.attach(owner, place, OnCopies(call, copied, written).eval())  # type: ignore[arg-type]
     with node.graph.inserting_before(node):
         called = _like(node.graph.call_module(place, node.args, node.kwargs), node)
         result = _like(node.graph.call_function(operator.getitem, (called, 0)), node)

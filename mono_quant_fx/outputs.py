@@ -13,11 +13,11 @@ from torch import Tensor, fx
 from torch.fx.graph import _PyTreeCodeGen
 from torch.utils import _pytree as pytree
 
-from mono_quant_fx.annotation import annotated
 from mono_quant_fx.errors import CalibrationError
+from mono_quant_fx.graph.annotation import annotated
+from mono_quant_fx.graph.state import written
 from mono_quant_fx.numerics.error import ErrorSum
 from mono_quant_fx.ops.registry import is_ours
-from mono_quant_fx.state import written
 
 aten = torch.ops.aten
 #: What these give is known from a tensor's shape and type alone.

@@ -3,7 +3,7 @@
 A pass is a frozen dataclass (its fields are its options) with three hooks: `requires` checks the stage of the input,
 `rewrite` works on a clone in place, `ensures` checks the result. Everything else of the contract is done here: the
 input stays untouched, dead code and replaced tensors go, the graph is linted, `modified` is computed, and each node
-learns what was done to it (see provenance.py).
+learns what was done to it (see graph/provenance.py).
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from typing import Any, ClassVar
 
 from torch import fx
 
-from mono_quant_fx import graph, pass_html, provenance
-from mono_quant_fx.annotation import drop_gone_users
+from mono_quant_fx import pass_html
 from mono_quant_fx.errors import ConfigError, MonoQuantError, PassError, PostconditionError, PreconditionError
-from mono_quant_fx.fingerprint import fingerprint
+from mono_quant_fx.graph import provenance, tensors
+from mono_quant_fx.graph.annotation import drop_gone_users
+from mono_quant_fx.graph.fingerprint import fingerprint
 from mono_quant_fx.pass_html import PassChange
 from mono_quant_fx.process.surroundings import in_plain_surroundings
 
@@ -67,10 +68,10 @@ class Pass(ABC):
             PassError: requires, rewrite or ensures failed; the message names the pass, and the cause is kept.
         """
         source = gm.graph_module if isinstance(gm, PassResult) else gm
-        graph.need_graph(source, self.name)
+        tensors.need_graph(source, self.name)
         self._check(self.requires(source), PreconditionError)
         before = fingerprint(source)
-        result = graph.clone(source)
+        result = tensors.clone(source)
         names = provenance.mark(result)
         try:
             self.rewrite(result)
@@ -94,9 +95,9 @@ class Pass(ABC):
 
 
 def _tidy(gm: fx.GraphModule) -> None:
-    graph.drop_dead_code(gm)
+    tensors.drop_dead_code(gm)
     drop_gone_users(gm)
-    graph.drop_unused(gm)
+    tensors.drop_unused(gm)
     gm.graph.lint()
     gm.recompile()
 

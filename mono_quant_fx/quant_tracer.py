@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from mono_quant_fx import graph
 from mono_quant_fx.errors import CaptureError
+from mono_quant_fx.graph import tensors
+from mono_quant_fx.graph.weight_table import WEIGHT_MODULES
 from mono_quant_fx.regions import Regions
-from mono_quant_fx.weight_table import WEIGHT_MODULES
 from mono_quant_fx.writable_proxy import WritableProxy
 
 
@@ -80,7 +80,7 @@ class QuantTracer(fx.Tracer):
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """See torch.fx.Tracer.trace."""
-        for name, tensor in graph.named_tensors(root):
+        for name, tensor in tensors.named_tensors(root):
             self._names.setdefault(id(tensor), name)
         self._regions = Regions()
         traced = super().trace(root, concrete_args)

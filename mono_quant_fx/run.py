@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, fx
 
 from mono_quant_fx.data import Batch, private
-from mono_quant_fx.effects import written_inputs
 from mono_quant_fx.errors import CalibrationError, MonoQuantError
-from mono_quant_fx.graph import get_attribute, op_name
+from mono_quant_fx.graph.effects import written_inputs
+from mono_quant_fx.graph.tensors import get_attribute, op_name
 
 
 def run_batch(gm: fx.GraphModule, batch: Batch, replaced: Mapping[str, Any] | None = None) -> Any:

@@ -27,13 +27,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
-from mono_quant_fx import graph
-from mono_quant_fx.annotation import annotated
 from mono_quant_fx.capture_record import get_record
 from mono_quant_fx.config import QuantConfig
 from mono_quant_fx.files.json_records import to_plain
 from mono_quant_fx.files.reader import TensorWriter
-from mono_quant_fx.merging import merged_pieces
+from mono_quant_fx.graph.annotation import annotated
+from mono_quant_fx.graph.merging import merged_pieces
+from mono_quant_fx.graph.tensors import named_tensors
 from mono_quant_fx.table import AccuracyTable
 from mono_quant_fx.version import __version__
 
@@ -57,7 +57,7 @@ def stored_tensors(gm: fx.GraphModule) -> Stored:
     seen: dict[tuple[Any, ...], str] = {}
     tensors: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
-    for name, tensor in graph.named_tensors(gm):
+    for name, tensor in named_tensors(gm):
         first = seen.setdefault(_identity(tensor), name)
         if first != name:
             tied[name] = first

@@ -14,18 +14,19 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, fx
 
-from mono_quant_fx import graph, ops
-from mono_quant_fx.annotation import QuantAnnotation, pending
-from mono_quant_fx.arguments import argument
+from mono_quant_fx import ops
 from mono_quant_fx.carry import Carry
-from mono_quant_fx.codes import restore
 from mono_quant_fx.data import Batch
+from mono_quant_fx.graph import tensors
+from mono_quant_fx.graph.annotation import QuantAnnotation, pending
+from mono_quant_fx.graph.arguments import argument
+from mono_quant_fx.graph.codes import restore
+from mono_quant_fx.graph.weight_ops import matrix_shape
+from mono_quant_fx.graph.weight_table import consumption
 from mono_quant_fx.layer_inputs import Hessian, layer_inputs, no_matrix
 from mono_quant_fx.numerics.rounding import Rounded
 from mono_quant_fx.observers import Observer
 from mono_quant_fx.run import check_finite, node_error
-from mono_quant_fx.weight_ops import matrix_shape
-from mono_quant_fx.weight_table import consumption
 
 #: (get_attr node, annotation, Hessian or None, why there is none) -> the rounded weight.
 RoundWeight = Callable[[fx.Node, QuantAnnotation, Tensor | None, str], Rounded]
@@ -98,7 +99,7 @@ class SequentialWalk:
         source = None if row is None else argument(node, row.input)
         why = no_matrix(node, row, annotation.shape)
         if why or row is None or not isinstance(source, fx.Node):
-            return why or f"the input of {graph.op_name(node)} is no value of the graph"
+            return why or f"the input of {tensors.op_name(node)} is no value of the graph"
         columns = matrix_shape(annotation.shape, annotation.layout, annotation.groups)[1]
         for batch, value in zip(carry.batches, carry.read(source), strict=True):
             check_finite(value, f"the input of node {node.name!r} (weight {annotation.weight!r})", batch)
@@ -107,7 +108,7 @@ class SequentialWalk:
             except (RuntimeError, ValueError) as e:
                 raise node_error(node, [value], batch, e) from e
             if inputs.shape[2] != columns:  # the op itself will say what does not fit
-                return f"{graph.op_name(node)} gets inputs of {inputs.shape[2]} columns, not {columns}"
+                return f"{tensors.op_name(node)} gets inputs of {inputs.shape[2]} columns, not {columns}"
             total.add(inputs)
         return ""
 
@@ -115,7 +116,7 @@ class SequentialWalk:
         """Rounds what an observer hands on, by the range that it has just seen."""
         source = node.all_input_nodes[0].name
         symmetry = {a.activations for a in self.annotations.values() for u in a.users if u.input == source}
-        observer = graph.get_attribute(self.gm, str(node.target))
+        observer = tensors.get_attribute(self.gm, str(node.target))
         if node not in self.carry.values or not any(symmetry) or not observer.has_seen:
             return
         scale, zero_point = observer.calculate_qparams(8, "int8 sym" in symmetry)
@@ -132,7 +133,7 @@ class SequentialWalk:
     def _is_observer(self, node: fx.Node) -> bool:
         if node.op != "call_module":
             return False
-        return isinstance(graph.get_attribute(self.gm, str(node.target)), Observer)
+        return isinstance(tensors.get_attribute(self.gm, str(node.target)), Observer)
 
 
 def _round_trip(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from mono_quant_fx.annotation import QuantAnnotation, annotated
 from mono_quant_fx.files.folder import SINGLE
+from mono_quant_fx.graph.annotation import QuantAnnotation, annotated
 from mono_quant_fx.saving import DIGESTS, Stored
 
 

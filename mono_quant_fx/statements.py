@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import fx
 
-from mono_quant_fx.annotation import QuantAnnotation, annotated
 from mono_quant_fx.files.header import shown
+from mono_quant_fx.graph.annotation import QuantAnnotation, annotated
+from mono_quant_fx.graph.own_names import replaced
 from mono_quant_fx.ops.registry import is_ours
-from mono_quant_fx.own_names import replaced
 from mono_quant_fx.table import AccuracyTable
 
 #: Fields of an annotation that decide what its codes mean.
@@ -24,7 +24,7 @@ def table_faults(
     """(weight, what is wrong) where the table shows another scheme than the plan has.
 
     Args:
-        tied: as a CaptureRecord has it; the table's names are the user's own (see own_names.py).
+        tied: as a CaptureRecord has it; the table's names are the user's own (see graph/own_names.py).
     """
     own = replaced(tied)
     named = [(own.get(entry.weight, entry.weight), entry) for entry in plan]

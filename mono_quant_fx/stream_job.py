@@ -12,10 +12,8 @@ from typing import Any
 from torch import fx, nn
 
 from mono_quant_fx.accuracy import weights_table
-from mono_quant_fx.annotation import pending
 from mono_quant_fx.capture_again import capture_without_values
 from mono_quant_fx.checkpoint import Checkpoint, match
-from mono_quant_fx.codes import hollow_codes
 from mono_quant_fx.config import QuantConfig
 from mono_quant_fx.coverage import coverage_notes
 from mono_quant_fx.errors import CaptureError
@@ -23,6 +21,8 @@ from mono_quant_fx.files.folder import open_tensors
 from mono_quant_fx.files.header import layout
 from mono_quant_fx.files.json_records import to_plain
 from mono_quant_fx.findings import check_accuracy_warnings
+from mono_quant_fx.graph.annotation import pending
+from mono_quant_fx.graph.codes import hollow_codes
 from mono_quant_fx.info import QuantizationInfo, info_of
 from mono_quant_fx.pass_base import Pipeline
 from mono_quant_fx.passes import CodeAttachment, SkipAnnotation

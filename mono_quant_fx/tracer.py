@@ -9,18 +9,26 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from mono_quant_fx import graph
 from mono_quant_fx.capture_record import all_names
 from mono_quant_fx.functionalize import functionalize
-from mono_quant_fx.own_names import plain_names
+from mono_quant_fx.graph.own_names import plain_names
+from mono_quant_fx.graph.tensors import (
+    attach,
+    attribute_targets,
+    clone,
+    drop_unused,
+    get_attribute,
+    get_tensor,
+    is_persistent,
+)
+from mono_quant_fx.graph.weight_ops import is_assertion
+from mono_quant_fx.graph.weight_table import WEIGHT_MODULES
 from mono_quant_fx.quant_tracer import QuantTracer
 from mono_quant_fx.randomness import NOT_TORCHS, Draws, FrozenRandomnessError, OtherDraws, own_generators
 from mono_quant_fx.rebinding import check_traced
 from mono_quant_fx.regions import open_regions
 from mono_quant_fx.tracing_lock import tracing
 from mono_quant_fx.twins import twin
-from mono_quant_fx.weight_ops import is_assertion
-from mono_quant_fx.weight_table import WEIGHT_MODULES
 
 
 def trace(model: nn.Module, inputs: list[str] | None = None, positional: int | None = None) -> fx.GraphModule:
@@ -55,9 +63,9 @@ def _traced(model: nn.Module, inputs: list[str] | None, positional: int | None, 
     check_traced(model, traced)
     home = _with_plain_names(model, traced)
     gm = fx.GraphModule(home, traced)
-    for target in graph.attribute_targets(gm):
-        if not graph.is_persistent(home, target):  # torch.fx registers every buffer as a persistent one
-            graph.attach(gm, target, graph.get_attribute(gm, target), persistent=False)
+    for target in attribute_targets(gm):
+        if not is_persistent(home, target):  # torch.fx registers every buffer as a persistent one
+            attach(gm, target, get_attribute(gm, target), persistent=False)
     return gm
 
 
@@ -69,8 +77,8 @@ def _with_plain_names(model: nn.Module, traced: fx.Graph) -> nn.Module:
         return model
     home = nn.Module()
     for target in targets:
-        value = graph.get_attribute(model, target)
-        graph.attach(home, plain.get(target, target), value, graph.is_persistent(model, target))
+        value = get_attribute(model, target)
+        attach(home, plain.get(target, target), value, is_persistent(model, target))
     for node in traced.nodes:
         if node.op in ("get_attr", "call_module"):
             node.target = plain.get(node.target, node.target)
@@ -80,7 +88,7 @@ def _with_plain_names(model: nn.Module, traced: fx.Graph) -> nn.Module:
 def _same_constants(a: fx.GraphModule, b: fx.GraphModule) -> bool:
     """Whether two traces of a model hold the same calls on the same numbers."""
     nodes = [[(n.op, str(n.target), str(n.args), str(n.kwargs)) for n in gm.graph.nodes] for gm in (a, b)]
-    tensors = [[graph.get_tensor(gm, n) for n in gm.graph.nodes if n.op == "get_attr"] for gm in (a, b)]
+    tensors = [[get_tensor(gm, n) for n in gm.graph.nodes if n.op == "get_attr"] for gm in (a, b)]
     return nodes[0] == nodes[1] and all(
         s is t or s is None or t is None or s.is_meta or (s.shape == t.shape and torch.equal(s, t))
         for s, t in zip(*tensors, strict=True)
@@ -89,10 +97,10 @@ def _same_constants(a: fx.GraphModule, b: fx.GraphModule) -> bool:
 
 def normalize(gm: fx.GraphModule) -> fx.GraphModule:
     """One get_attr node a tensor, functional, in a clone without the tracer's leftovers, in eval mode."""
-    gm = graph.clone(gm).train(False)
+    gm = clone(gm).train(False)
     first: dict[Any, fx.Node] = {}
     for node in list(gm.graph.nodes):
-        tensor = graph.get_tensor(gm, node)
+        tensor = get_tensor(gm, node)
         if tensor is None:
             continue
         same = first.setdefault(_identity(tensor), node)
@@ -102,7 +110,7 @@ def normalize(gm: fx.GraphModule) -> fx.GraphModule:
             node.replace_all_uses_with(same)
             gm.graph.erase_node(node)
     functionalize(gm)
-    graph.drop_unused(gm)
+    drop_unused(gm)
     gm.recompile()
     return gm
 
@@ -116,10 +124,10 @@ def _identity(tensor: Tensor) -> Any:
 
 def open_modules(gm: fx.GraphModule) -> fx.GraphModule:
     """Replaces each call of a weight module by what its forward does, and returns a normalized clone."""
-    gm = graph.clone(gm)
+    gm = clone(gm)
     open_regions(gm)
     for node in list(gm.graph.nodes):
-        module = graph.get_attribute(gm, node.target) if node.op == "call_module" else None
+        module = get_attribute(gm, node.target) if node.op == "call_module" else None
         if type(module) in WEIGHT_MODULES and not (isinstance(module, _ConvTransposeNd) and len(_given(node)) > 1):
             _open(gm, node, module)  # type: ignore[arg-type]
     return normalize(gm)

@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from mono_quant_fx import graph
 from mono_quant_fx.belongings import GLOBAL_HOOKS
-from mono_quant_fx.copying import copied
 from mono_quant_fx.errors import CaptureError
+from mono_quant_fx.graph import tensors
+from mono_quant_fx.graph.copying import copied
 from mono_quant_fx.process.this_thread import ThisThread
 
 
 def twin(model: nn.Module) -> nn.Module:
     """A deep copy that shares every parameter and buffer and compiles nothing; the model itself if it has no copy."""
     try:
-        model = copied(model, (t for _, t in graph.named_tensors(model)))
+        model = copied(model, (t for _, t in tensors.named_tensors(model)))
     except Exception:
         return model
     for module in model.modules():

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from mono_quant_fx import graph
 from mono_quant_fx.accuracy import measure_accuracy
-from mono_quant_fx.annotation import annotated, stored_weight
 from mono_quant_fx.collection import collect
 from mono_quant_fx.data import Prepare, leaves
 from mono_quant_fx.float_graphs import both_graphs
+from mono_quant_fx.graph import tensors
+from mono_quant_fx.graph.annotation import annotated, stored_weight
 from mono_quant_fx.noise import alike
 from mono_quant_fx.process.surroundings import in_plain_surroundings
 
@@ -61,7 +61,7 @@ def validate_quantization(
     """
     reference, quantized, batches = both_graphs(reference, quantized, batches, prepare_batch, "validate_quantization")
     taken = None if batches is None else collect(batches, None, prepare_batch)[0]
-    before, after = graph.total_bytes(reference), graph.total_bytes(quantized)
+    before, after = tensors.total_bytes(reference), tensors.total_bytes(quantized)
     errors = [*_load_errors(quantized, taken), *(ranges := _range_errors(quantized))]
     if after >= before:
         errors.append(f"the quantized graph stores {after} bytes, the float one {before}")
@@ -77,17 +77,17 @@ def validate_quantization(
 
 def _load_errors(gm: fx.GraphModule, batches: list[Any] | None) -> list[str]:
     blank = copy.deepcopy(gm)
-    for _, tensor in graph.named_tensors(blank):
+    for _, tensor in tensors.named_tensors(blank):
         with torch.no_grad():
             tensor.zero_()
     state = gm.state_dict()
     blank.load_state_dict(state)
-    for name, tensor in graph.named_tensors(gm):  # what the state_dict leaves out on purpose
+    for name, tensor in tensors.named_tensors(gm):  # what the state_dict leaves out on purpose
         if name not in state:
-            graph.attach(blank, name, tensor, persistent=False)
+            tensors.attach(blank, name, tensor, persistent=False)
     errors = [f"load test: {name} differs" for name, t in blank.state_dict().items() if not torch.equal(t, state[name])]
     for batch in (batches or [])[:1]:
-        outputs = alike(*(partial(_leaves, graph.isolate(m), batch) for m in (gm, blank)))
+        outputs = alike(*(partial(_leaves, tensors.isolate(m), batch) for m in (gm, blank)))
         if not all(_same(a, b) for a, b in zip(*outputs, strict=True)):
             errors.append("load test: the output differs")
     return errors

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from mono_quant_fx.calls import PLAIN, augmented, call_name
-from mono_quant_fx.effect_tables import EITHER, IDENTITIES, PIECES, VIEWS, words
-from mono_quant_fx.effects import is_number
-from mono_quant_fx.graph import get_tensor
+from mono_quant_fx.graph.calls import PLAIN, augmented, call_name
+from mono_quant_fx.graph.effect_tables import EITHER, IDENTITIES, PIECES, VIEWS, words
+from mono_quant_fx.graph.effects import is_number
+from mono_quant_fx.graph.tensors import get_tensor
 
 Types = dict[fx.Node, torch.dtype | None]
 

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from mono_quant_fx.data import Batch
 from mono_quant_fx.errors import CalibrationError, WeightError
-from mono_quant_fx.graph import named_tensors
+from mono_quant_fx.graph.tensors import named_tensors
 from mono_quant_fx.ops.operands import has_memory
 
 SHOWN = 5

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from mono_quant_fx import graph
-from mono_quant_fx.calls import call_name, first_argument
-from mono_quant_fx.effect_tables import words
-from mono_quant_fx.free_names import free_name
+from mono_quant_fx.graph import tensors
+from mono_quant_fx.graph.calls import call_name, first_argument
+from mono_quant_fx.graph.effect_tables import words
+from mono_quant_fx.graph.free_names import free_name
 from mono_quant_fx.pure_writes import Method, Through, set_item, set_piece
 
 aten = torch.ops.aten
@@ -56,7 +56,7 @@ def put_back(step: fx.Node, before: fx.Node, value: fx.Node) -> fx.Node:
     if step.target is getattr:
         rest = ()
     if step.op == "call_module":
-        name = type(graph.get_attribute(graph_.owning_module, str(step.target))).__name__  # type: ignore[arg-type]
+        name = type(tensors.get_attribute(graph_.owning_module, str(step.target))).__name__  # type: ignore[arg-type]
     if name in _RESHAPES and not any(isinstance(a, torch.dtype) for a in step.args):
         return graph_.call_function(aten.reshape_as.default, (value, before))
     if name in _SWAPS:
@@ -102,9 +102,9 @@ def _through(step: fx.Node, before: fx.Node, value: fx.Node) -> fx.Node:
     if step.op == "call_method":
         call = Method(str(step.target))
     elif step.op == "call_module":
-        call = graph.get_attribute(owner, str(step.target))
+        call = tensors.get_attribute(owner, str(step.target))
     elif step.target is getattr:
         call, rest = operator.attrgetter(str(step.args[1])), ()
     name = free_name(owner, f"write_through_{call_name(step) or step.name}")
-    graph.attach(owner, name, Through(call).eval())
+    tensors.attach(owner, name, Through(call).eval())
     return step.graph.call_module(name, (before, value, *rest), kwargs)

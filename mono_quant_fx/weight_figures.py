@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx
 
-from mono_quant_fx import graph
-from mono_quant_fx.annotation import ObservedInput, QuantAnnotation, stored_weight
 from mono_quant_fx.errors import PreconditionError
+from mono_quant_fx.graph.annotation import ObservedInput, QuantAnnotation, stored_weight
+from mono_quant_fx.graph.own_names import own_name
+from mono_quant_fx.graph.tensors import get_attribute
+from mono_quant_fx.graph.weight_ops import matrix_shape, to_matrix
 from mono_quant_fx.numerics import affine
 from mono_quant_fx.numerics.error import ErrorSum
 from mono_quant_fx.numerics.normal_weights import normal_sqnr_db
-from mono_quant_fx.own_names import own_name
 from mono_quant_fx.table_row import AccuracyRow
-from mono_quant_fx.weight_ops import matrix_shape, to_matrix
 
 
 def rows_of(annotation: QuantAnnotation, weight: WeightFigures) -> list[AccuracyRow]:
@@ -58,7 +58,7 @@ def _range(seen: ObservedInput | None) -> tuple[float, float] | None:
 class WeightFigures:
     """A weight's scheme in words, its bytes before and after, the SQNR of what is stored (None: as it was), its name.
 
-    The name is the user's own (see own_names.py).
+    The name is the user's own (see graph/own_names.py).
     """
 
     scheme: str
@@ -78,13 +78,13 @@ class WeightFigures:
     ) -> WeightFigures:
         """Those of an annotated node; its float weight is in `reference`. `sqnr_db` has what was measured before."""
         if not annotation.lowered:
-            value = graph.get_attribute(quantized, str(node.target))
+            value = get_attribute(quantized, str(node.target))
             tensors = [value] if isinstance(value, Tensor) else list(value.parameters())
             size = sum(t.nbytes for t in tensors)
             planned = f" ({annotation.scheme} planned)" if annotation.scheme else ""
             return cls(annotation.dtype + planned, size, size, None, own_name(quantized, annotation.weight))
         try:
-            weight = graph.get_attribute(reference, annotation.weight)
+            weight = get_attribute(reference, annotation.weight)
         except AttributeError as e:
             raise PreconditionError(
                 f"measure_accuracy: the float graph has no weight {annotation.weight!r}; give the graph that the "

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mono_quant_fx.annotation import QuantAnnotation
 from mono_quant_fx.checkpoint import Checkpoint
-from mono_quant_fx.codes import codes_of
 from mono_quant_fx.files.writer import TensorWriter
+from mono_quant_fx.graph.annotation import QuantAnnotation
+from mono_quant_fx.graph.codes import codes_of
 from mono_quant_fx.numerics import affine
 from mono_quant_fx.numerics.error import ErrorSum
 from mono_quant_fx.saving import DIGESTS

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from mono_quant_fx import graph
-from mono_quant_fx.calls import augmented, bodies, call_name
 from mono_quant_fx.current_values import Values
-from mono_quant_fx.effect_tables import RESHAPERS
-from mono_quant_fx.effects import (
+from mono_quant_fx.errors import CaptureError
+from mono_quant_fx.graph import tensors
+from mono_quant_fx.graph.calls import augmented, bodies, call_name
+from mono_quant_fx.graph.effect_tables import RESHAPERS
+from mono_quant_fx.graph.effects import (
     Write,
     is_number,
     is_pieces,
@@ -22,7 +23,6 @@ from mono_quant_fx.effects import (
     shared,
     writes,
 )
-from mono_quant_fx.errors import CaptureError
 from mono_quant_fx.inner_graphs import Result, enter, take
 from mono_quant_fx.memory import Root, Thing
 from mono_quant_fx.out_of_place import counterpart, on_copies, value_instead
@@ -59,7 +59,7 @@ class Walk(Values):
             elif node.op == "get_attr" and node.target in states:
                 self.note(node, states[node.target])
             elif node.op == "get_attr":
-                if graph.get_tensor(self.gm, node) is not None:
+                if tensors.get_tensor(self.gm, node) is not None:
                     self.own(node, "state")
                     states[node.target] = self.things[node]
             else:

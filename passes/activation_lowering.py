@@ -8,12 +8,13 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from mono_quant_fx import graph, ops
-from mono_quant_fx.annotation import ObservedInput, QuantAnnotation, float_inputs, part_names, pending
-from mono_quant_fx.arguments import Arg, set_argument
-from mono_quant_fx.free_names import free_names
+from mono_quant_fx import ops
+from mono_quant_fx.graph import tensors
+from mono_quant_fx.graph.annotation import ObservedInput, QuantAnnotation, float_inputs, part_names, pending
+from mono_quant_fx.graph.arguments import Arg, set_argument
+from mono_quant_fx.graph.free_names import free_names
+from mono_quant_fx.graph.rewrite import add_call, add_constant
 from mono_quant_fx.pass_base import Pass
-from mono_quant_fx.rewrite import add_call, add_constant
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class ActivationLowering(Pass):
         readers: dict[fx.Node, list[tuple[fx.Node, Arg]]] = {}
         scales: dict[fx.Node, tuple[ObservedInput, QuantAnnotation, torch.device]] = {}
         for node, annotation, inputs in _waiting(gm):
-            weight = graph.get_tensor(gm, node)
+            weight = tensors.get_tensor(gm, node)
             assert weight is not None
             seen = {s.source: s for s in annotation.observed}
             for source, user, at in inputs:

@@ -12,18 +12,19 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx, nn
 
-from mono_quant_fx import graph, ops
-from mono_quant_fx.annotation import QuantAnnotation, WeightUser, annotated, part_names, pending, set_annotation
-from mono_quant_fx.arguments import argument
-from mono_quant_fx.biases import add_bias, bias_at, bias_name
+from mono_quant_fx import ops
 from mono_quant_fx.carry import Carry
-from mono_quant_fx.codes import codes_of, restore
 from mono_quant_fx.collection import collect
 from mono_quant_fx.data import Batch, Prepare
+from mono_quant_fx.graph import tensors
+from mono_quant_fx.graph.annotation import QuantAnnotation, WeightUser, annotated, part_names, pending, set_annotation
+from mono_quant_fx.graph.arguments import argument
+from mono_quant_fx.graph.biases import add_bias, bias_at, bias_name
+from mono_quant_fx.graph.codes import codes_of, restore
+from mono_quant_fx.graph.weight_ops import is_assertion, matrix_shape
 from mono_quant_fx.noise import alike
 from mono_quant_fx.pass_base import Pass
 from mono_quant_fx.run import Progress, check_finite
-from mono_quant_fx.weight_ops import is_assertion, matrix_shape
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class BiasCorrection(Pass):
         if not waiting:
             return
         batches, samples = collect(self.batches, self.num_calibration_samples, self.prepare_batch, gm)
-        twin = graph.isolate(gm)
+        twin = tensors.isolate(gm)
         assert isinstance(twin, fx.GraphModule)
         obstacles = _obstacles(twin, waiting)
         places = {
@@ -140,7 +141,7 @@ class _Walk:
         self.quantized.values[node] = [_shifted(y, axis, shift) for y in self.quantized.values[node]]
 
     def _rounded(self, node: fx.Node) -> Tensor | None:
-        annotation, weight = self.annotations.get(node), graph.get_tensor(self.gm, node)
+        annotation, weight = self.annotations.get(node), tensors.get_tensor(self.gm, node)
         if annotation is None or weight is None:
             return None
         return restore(codes_of(weight, annotation, "bias-correction"), annotation)
@@ -167,7 +168,7 @@ def _gain_db(energy: float, mean: float) -> float:
 
 def _obstacles(gm: fx.GraphModule, waiting: list[tuple[fx.Node, QuantAnnotation]]) -> dict[str, str]:
     """Node name -> why its bias cannot take a correction, "" where it can; without embeddings, which have no bias."""
-    nodes, constant = {n.name: n for n in gm.graph.nodes}, graph.constant_nodes(gm)
+    nodes, constant = {n.name: n for n in gm.graph.nodes}, tensors.constant_nodes(gm)
     found = {}
     for _, annotation in waiting:
         uses = [use for use in annotation.users if "embedding" not in use.op and use.node in nodes]
@@ -188,7 +189,7 @@ def _obstacle(gm: fx.GraphModule, node: fx.Node, annotation: QuantAnnotation, us
     bias = argument(node, at)
     if bias is None:
         return f"{use.op} has none, and is called {calls} times" if calls > 1 else ""
-    value = graph.get_tensor(gm, bias) if isinstance(bias, fx.Node) else None
+    value = tensors.get_tensor(gm, bias) if isinstance(bias, fx.Node) else None
     if value is None:
         return "it is computed"
     readers = sum(not is_assertion(user) for user in bias.users)
@@ -212,14 +213,14 @@ def _fold(
     assert at is not None
     bias = argument(node, at)
     if bias is None:
-        name, like = bias_name(gm, weight, use.module, reserved), graph.get_attribute(gm, weight)
+        name, like = bias_name(gm, weight, use.module, reserved), tensors.get_attribute(gm, weight)
         add_bias(gm, node, source, at, name, nn.Parameter(shift.to(like.device, like.dtype), requires_grad=False))
         return name
-    name, old = str(bias.target), graph.get_attribute(gm, str(bias.target))
+    name, old = str(bias.target), tensors.get_attribute(gm, str(bias.target))
     value = (old.detach().double() + shift.to(old.device)).to(old.dtype)
     if isinstance(old, nn.Parameter):
         value = nn.Parameter(value, old.requires_grad)
-    graph.attach(gm, name, value, graph.is_persistent(gm, name))
+    tensors.attach(gm, name, value, tensors.is_persistent(gm, name))
     return None
 
 

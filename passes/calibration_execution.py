@@ -8,19 +8,19 @@ from typing import Any, ClassVar
 
 from torch import Tensor, fx
 
-from mono_quant_fx import graph
-from mono_quant_fx.annotation import ObservedInput, QuantAnnotation, annotated, pending, set_annotation
-from mono_quant_fx.arguments import argument
 from mono_quant_fx.collection import collect
 from mono_quant_fx.data import Batch, Prepare
 from mono_quant_fx.errors import WeightError
+from mono_quant_fx.graph import tensors
+from mono_quant_fx.graph.annotation import ObservedInput, QuantAnnotation, annotated, pending, set_annotation
+from mono_quant_fx.graph.arguments import argument
+from mono_quant_fx.graph.weight_ops import to_matrix
+from mono_quant_fx.graph.weight_table import consumption
 from mono_quant_fx.numerics.rounding import Rounded, RoundingOptions, round_weight
 from mono_quant_fx.observers import Observer
 from mono_quant_fx.pass_base import Pass
 from mono_quant_fx.run import Progress, run_batch
 from mono_quant_fx.sequential import SequentialWalk
-from mono_quant_fx.weight_ops import to_matrix
-from mono_quant_fx.weight_table import consumption
 
 #: The reason for an input that got no values, such as an expert's without tokens.
 UNSEEN = "no calibration data reached this input"
@@ -61,10 +61,10 @@ class CalibrationExecution(Pass):
             return
         nodes = {n.name: n for n in gm.graph.nodes}
         batches, samples = collect(self.batches, self.num_calibration_samples, self.prepare_batch, gm)
-        twin = graph.isolate(gm)
+        twin = tensors.isolate(gm)
         assert isinstance(twin, fx.GraphModule)
         for call in calls:
-            graph.get_attribute(twin, str(call.target)).reset()
+            tensors.get_attribute(twin, str(call.target)).reset()
         rounded = self._walk(twin, batches, samples) if self.algorithm != "rtn" else _run(twin, batches, samples)
         for node, annotation in list(pending(gm)):
             seen = [_observed(twin, call, annotation.activations) for call in _read_by(node, annotation, nodes, calls)]
@@ -84,7 +84,7 @@ class CalibrationExecution(Pass):
         with Progress("calibrating", total, "weights", is_shown=samples > 50) as progress:
 
             def round_one(node: fx.Node, annotation: QuantAnnotation, hessian: Tensor | None, why: str) -> Rounded:
-                weight = graph.get_tensor(gm, node)
+                weight = tensors.get_tensor(gm, node)
                 assert weight is not None and annotation.scheme is not None
                 matrix = to_matrix(weight.detach(), annotation.layout, annotation.groups).contiguous()
                 try:
@@ -116,7 +116,7 @@ def _run(gm: fx.GraphModule, batches: list[Batch], samples: int) -> dict[str, Ro
 
 def _observers(gm: fx.GraphModule) -> list[fx.Node]:
     calls = [n for n in gm.graph.nodes if n.op == "call_module"]
-    return [n for n in calls if isinstance(graph.get_attribute(gm, n.target), Observer)]
+    return [n for n in calls if isinstance(tensors.get_attribute(gm, n.target), Observer)]
 
 
 def _read_by(
@@ -130,7 +130,7 @@ def _read_by(
 
 
 def _observed(gm: fx.GraphModule, call: fx.Node, activations: str) -> ObservedInput:
-    observer, source = graph.get_attribute(gm, str(call.target)), call.all_input_nodes[0]
+    observer, source = tensors.get_attribute(gm, str(call.target)), call.all_input_nodes[0]
     if not observer.has_seen:
         return ObservedInput(source.name, observer.name, reason=UNSEEN + (", so it stays float" if activations else ""))
     if not activations:

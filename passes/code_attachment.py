@@ -8,8 +8,8 @@ from typing import ClassVar
 
 from torch import fx
 
-from mono_quant_fx.annotation import ObservedInput, QuantAnnotation, annotated, plain_inputs, set_annotation
 from mono_quant_fx.errors import CheckpointError
+from mono_quant_fx.graph.annotation import ObservedInput, QuantAnnotation, annotated, plain_inputs, set_annotation
 from mono_quant_fx.numerics.affine import QuantizedWeight
 from mono_quant_fx.pass_base import Pass
 

@@ -9,14 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from mono_quant_fx import graph, ops
-from mono_quant_fx.arguments import argument
+from mono_quant_fx import ops
 from mono_quant_fx.checks import choice
 from mono_quant_fx.config import COMPUTE
+from mono_quant_fx.graph import tensors
+from mono_quant_fx.graph.arguments import argument
+from mono_quant_fx.graph.permutations import Axes, composed, is_permutation, permutation, permuted
+from mono_quant_fx.graph.weight_table import MATMULS, WeightOp, rows_for, unpermuted
+from mono_quant_fx.graph.windows import read_window
 from mono_quant_fx.pass_base import Pass
-from mono_quant_fx.permutations import Axes, composed, is_permutation, permutation, permuted
-from mono_quant_fx.weight_table import MATMULS, WeightOp, rows_for, unpermuted
-from mono_quant_fx.windows import read_window
 
 aten = torch.ops.aten
 
@@ -131,7 +132,7 @@ def _conv(node: fx.Node, row: WeightOp, view: fx.Node) -> _Fusion | None:
 def _is_row(bias: fx.Node, dequantize: fx.Node) -> bool:
     """Whether what addmm adds is a constant with one value an output channel; it may be any matrix that broadcasts."""
     gm: Any = bias.graph.owning_module
-    value, packed = graph.get_tensor(gm, bias), graph.get_tensor(gm, dequantize.all_input_nodes[0])
+    value, packed = tensors.get_tensor(gm, bias), tensors.get_tensor(gm, dequantize.all_input_nodes[0])
     return value is not None and packed is not None and value.shape == packed.shape[:1]
 
 

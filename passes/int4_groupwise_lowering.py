@@ -7,14 +7,15 @@ from typing import ClassVar
 
 from torch import fx, nn
 
-from mono_quant_fx import graph, ops
-from mono_quant_fx.annotation import QuantAnnotation, annotated, float_inputs, part_names, pending, set_annotation
-from mono_quant_fx.codes import codes_of
+from mono_quant_fx import ops
 from mono_quant_fx.errors import WeightError
-from mono_quant_fx.free_names import free_names
+from mono_quant_fx.graph import tensors
+from mono_quant_fx.graph.annotation import QuantAnnotation, annotated, float_inputs, part_names, pending, set_annotation
+from mono_quant_fx.graph.codes import codes_of
+from mono_quant_fx.graph.free_names import free_names
+from mono_quant_fx.graph.rewrite import add_call, add_constant
+from mono_quant_fx.graph.weight_ops import from_matrix, matrix_shape
 from mono_quant_fx.pass_base import Pass
-from mono_quant_fx.rewrite import add_call, add_constant
-from mono_quant_fx.weight_ops import from_matrix, matrix_shape
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Int4GroupwiseLowering(Pass):
             _lower(gm, node, _with_free_names(gm, annotation, reserved))
         for name, parameter in list(gm.named_parameters()):
             if parameter.requires_grad:
-                graph.attach(gm, name, nn.Parameter(parameter.detach(), requires_grad=False))
+                tensors.attach(gm, name, nn.Parameter(parameter.detach(), requires_grad=False))
 
     def ensures(self, gm: fx.GraphModule) -> str | None:
         """No annotated weight is float."""
@@ -70,7 +71,7 @@ def _with_free_names(gm: fx.GraphModule, annotation: QuantAnnotation, reserved: 
 
 
 def _lower(gm: fx.GraphModule, node: fx.Node, annotation: QuantAnnotation) -> None:
-    weight, scheme = graph.get_tensor(gm, node), annotation.scheme
+    weight, scheme = tensors.get_tensor(gm, node), annotation.scheme
     assert weight is not None and scheme is not None
     if weight.is_meta and annotation.stored is None:
         raise WeightError(

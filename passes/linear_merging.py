@@ -7,11 +7,11 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import fx
 
-from mono_quant_fx import graph
-from mono_quant_fx.aliasing import owners, takes_split_rows
-from mono_quant_fx.annotation import get_annotation, part_names
-from mono_quant_fx.effects import may_write
-from mono_quant_fx.merging import LinearCall, merge
+from mono_quant_fx.graph.aliasing import owners, takes_split_rows
+from mono_quant_fx.graph.annotation import get_annotation, part_names
+from mono_quant_fx.graph.effects import may_write
+from mono_quant_fx.graph.merging import LinearCall, merge
+from mono_quant_fx.graph.tensors import get_tensor, is_persistent
 from mono_quant_fx.pass_base import Pass
 
 
@@ -81,10 +81,10 @@ def _kind(gm: fx.GraphModule, node: fx.Node) -> _Kind | None:
     if call is None:
         return None
     own = [n for n in (*call.stored, call.bias) if n is not None]
-    tensors = [graph.get_tensor(gm, n) for n in own]
+    tensors = [get_tensor(gm, n) for n in own]
     if any(t is None for t in tensors) or any(len(n.users) > 1 for n in own):
         return None
-    if get_annotation(own[0]) is None or not all(graph.is_persistent(gm, str(n.target)) for n in own):
+    if get_annotation(own[0]) is None or not all(is_persistent(gm, str(n.target)) for n in own):
         return None
     like = tuple((type(t), t.dtype, t.device, t.requires_grad) for t in tensors if t is not None)
     return _Kind(node.target, call.input[0], call.input[1:], call.options, call.stored[2] is None, like)

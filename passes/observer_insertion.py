@@ -7,13 +7,13 @@ from typing import Any, ClassVar
 
 from torch import fx
 
-from mono_quant_fx import graph
-from mono_quant_fx.annotation import annotated, pending, plain_inputs
-from mono_quant_fx.arguments import Arg, set_argument
-from mono_quant_fx.free_names import free_name
+from mono_quant_fx.graph import tensors
+from mono_quant_fx.graph.annotation import annotated, pending, plain_inputs
+from mono_quant_fx.graph.arguments import Arg, set_argument
+from mono_quant_fx.graph.free_names import free_name
+from mono_quant_fx.graph.weight_table import consumption
 from mono_quant_fx.observers import Observer, create_observer
 from mono_quant_fx.pass_base import Pass
-from mono_quant_fx.weight_table import consumption
 
 PREFIX = "observer_of_"
 
@@ -42,7 +42,7 @@ class ObserverInsertion(Pass):
         for (source, axis), users in _inputs(gm, self._default_axis()).items():
             options = dict(self.options) if axis is None else {**dict(self.options), "axis": axis}
             target = free_name(gm, PREFIX + source.name)
-            graph.attach(gm, target, create_observer(self.observer, **options))
+            tensors.attach(gm, target, create_observer(self.observer, **options))
             with gm.graph.inserting_after(source):
                 observed = gm.graph.call_module(target, (source,))
             observed.meta = {k: v for k, v in source.meta.items() if k != "mono_quant_fx"}
@@ -63,7 +63,7 @@ def is_observer(node: fx.Node) -> bool:
     """Whether a node calls an observer."""
     if node.op != "call_module":
         return False
-    return isinstance(graph.get_attribute(node.graph.owning_module, str(node.target)), Observer)  # type: ignore[arg-type]
+    return isinstance(tensors.get_attribute(node.graph.owning_module, str(node.target)), Observer)  # type: ignore[arg-type]
 
 
 def _inputs(

@@ -10,13 +10,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx, nn
 
-from mono_quant_fx.annotation import QuantAnnotation, WeightUser, annotated, set_annotation, users_of
-from mono_quant_fx.arguments import argument
-from mono_quant_fx.biases import add_bias, bias_at
 from mono_quant_fx.errors import PlanError
+from mono_quant_fx.graph.annotation import QuantAnnotation, WeightUser, annotated, set_annotation, users_of
+from mono_quant_fx.graph.arguments import argument
+from mono_quant_fx.graph.biases import add_bias, bias_at
+from mono_quant_fx.graph.weight_ops import Weight, find_weights, hidden_weights, matrix_shape
 from mono_quant_fx.numerics.affine import QuantizedWeight
 from mono_quant_fx.pass_base import Pass
-from mono_quant_fx.weight_ops import Weight, find_weights, hidden_weights, matrix_shape
 
 
 @dataclass(frozen=True)

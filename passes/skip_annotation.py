@@ -8,16 +8,16 @@ from typing import ClassVar
 
 from torch import fx, nn
 
-from mono_quant_fx import graph
-from mono_quant_fx.annotation import QuantAnnotation, WeightUser, annotated, set_annotation, users_of
-from mono_quant_fx.calls import inside
 from mono_quant_fx.capture_record import closed_because
 from mono_quant_fx.config import QuantConfig
 from mono_quant_fx.errors import NothingQuantizedError
+from mono_quant_fx.graph import tensors
+from mono_quant_fx.graph.annotation import QuantAnnotation, WeightUser, annotated, set_annotation, users_of
+from mono_quant_fx.graph.calls import inside
+from mono_quant_fx.graph.skip_rules import Known, check_patterns, decide, decide_leaf
+from mono_quant_fx.graph.ways_out import way_out
+from mono_quant_fx.graph.weight_ops import Weight, find_weights, hidden_weights
 from mono_quant_fx.pass_base import Pass
-from mono_quant_fx.rules import Known, check_patterns, decide, decide_leaf
-from mono_quant_fx.ways_out import way_out
-from mono_quant_fx.weight_ops import Weight, find_weights, hidden_weights
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class SkipAnnotation(Pass):
 
     def rewrite(self, gm: fx.GraphModule) -> None:
         """Annotates; weights that are lowered already keep what they have. A use that is dead decides nothing."""
-        graph.drop_dead_code(gm)
+        tensors.drop_dead_code(gm)
         weights, hidden = find_weights(gm), hidden_weights(gm)
         lowered = [a for _, a in annotated(gm) if a.lowered]
         if self.whole and not lowered and (weights or hidden):
@@ -76,13 +76,13 @@ def _annotate_leaf(node: fx.Node, module: nn.Module, config: QuantConfig) -> Qua
     largest = max(parameters, key=lambda p: p.numel())
     where = next((place for user in node.users if node.op == "get_attr" and (place := inside(user))), "")
     decision = decide_leaf(path, kind, all(p.dim() < 2 for p in parameters), config, where)
-    user = WeightUser(node.name, graph.op_name(node), path)
+    user = WeightUser(node.name, tensors.op_name(node), path)
     dtype = str(largest.dtype).removeprefix("torch.")
     return QuantAnnotation(path, None, decision.reason, tuple(largest.shape), dtype, users=(user,))
 
 
 def _nothing(gm: fx.GraphModule, found: list[QuantAnnotation]) -> str:
-    names = {name for name, _ in graph.named_tensors(gm)}
+    names = {name for name, _ in tensors.named_tensors(gm)}
     if not found:
         unread = f"; no op takes one of its {len(names)} tensors as a weight" if names else ""
         return f"the model has no weights, so there is nothing to quantize{unread}"

@@ -26,7 +26,8 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 import mono_quant_fx as mq
-from mono_quant_fx import allowed_calls, graph
+from mono_quant_fx import allowed_calls
+from mono_quant_fx.graph.tensors import get_attribute
 from mono_quant_fx.graph_json import graph_from_json, graph_to_json
 from mono_quant_fx.graph_ops import allowed_operators
 from mono_quant_fx.json_values import DTYPES
@@ -128,7 +129,7 @@ def make_bases() -> list[Base]:
             warnings.simplefilter("ignore")
             gm = _build(x, *how)
         data = graph_to_json(gm)
-        tensors = {name: graph.get_attribute(gm, name).detach().clone() for name in data["tensors"]}
+        tensors = {name: get_attribute(gm, name).detach().clone() for name in data["tensors"]}
         found.append(Base(json.dumps(data), tensors, x))
     return found
 

@@ -10,8 +10,8 @@ import torch
 from torch import fx
 
 import mono_quant_fx as mq
-from mono_quant_fx import graph
-from mono_quant_fx.fingerprint import fingerprint
+from mono_quant_fx.graph.fingerprint import fingerprint
+from mono_quant_fx.graph.tensors import named_tensors
 
 #: torch's own and the project's meta keys that a rewrite has to carry along wherever a node survives
 KEPT_META = ("nn_module_stack", "stack_trace")
@@ -67,16 +67,16 @@ class Snapshot:
     """Everything about a module that nobody may change: values, identities, flags, and the graph if it has one."""
 
     def __init__(self, module: torch.nn.Module):
-        self.identities = {n: id(t) for n, t in graph.named_tensors(module)}
-        self.values = {n: t.detach().clone() for n, t in graph.named_tensors(module)}
-        self.versions = {n: t._version for n, t in graph.named_tensors(module)}
+        self.identities = {n: id(t) for n, t in named_tensors(module)}
+        self.values = {n: t.detach().clone() for n, t in named_tensors(module)}
+        self.versions = {n: t._version for n, t in named_tensors(module)}
         self.flags = [(n, m.training) for n, m in module.named_modules()]
-        self.grads = {n: t.requires_grad for n, t in graph.named_tensors(module)}
+        self.grads = {n: t.requires_grad for n, t in named_tensors(module)}
         self.fingerprint = fingerprint(module) if isinstance(module, fx.GraphModule) else None
 
     def check(self, module: torch.nn.Module) -> None:
         """Asserts that `module` is as it was, to the bit."""
-        tensors = dict(graph.named_tensors(module))
+        tensors = dict(named_tensors(module))
         assert {n: id(t) for n, t in tensors.items()} == self.identities
         assert {n: t._version for n, t in tensors.items()} == self.versions
         assert {n: t.requires_grad for n, t in tensors.items()} == self.grads

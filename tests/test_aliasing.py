@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from mono_quant_fx.aliasing import owners, takes_split_rows
-from mono_quant_fx.effects import may_write
+from mono_quant_fx.graph.aliasing import owners, takes_split_rows
+from mono_quant_fx.graph.effects import may_write
 
 aten = torch.ops.aten
 

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import mono_quant_fx as mq
-from mono_quant_fx import graph
-from mono_quant_fx.merging import LinearCall
+from mono_quant_fx.graph import tensors
+from mono_quant_fx.graph.merging import LinearCall
 from mono_quant_fx.pass_base import PassResult
 from tests.harness import Snapshot
 from tests.models import MLP, ConvNet, Reused, TiedLM
@@ -42,9 +42,9 @@ class Scaled(mq.Pass):
     name: ClassVar[str] = "scaled"
 
     def rewrite(self, gm):
-        value = graph.get_attribute(gm, self.target)
+        value = tensors.get_attribute(gm, self.target)
         kind = (lambda t: nn.Parameter(t, requires_grad=False)) if isinstance(value, nn.Parameter) else torch.clone
-        graph.attach(gm, self.target, kind(value.detach() * self.factor))
+        tensors.attach(gm, self.target, kind(value.detach() * self.factor))
 
 
 @dataclass(frozen=True)
@@ -282,15 +282,15 @@ def test_a_pass_whose_graph_does_not_run_is_named():
         name: ClassVar[str] = "cut"
 
         def rewrite(self, gm):
-            graph.attach(gm, "fc2.weight", nn.Parameter(gm.fc2.weight[:, :-1].detach()))
+            tensors.attach(gm, "fc2.weight", nn.Parameter(gm.fc2.weight[:, :-1].detach()))
 
     @dataclass(frozen=True)
     class Narrow(mq.Pass):
         name: ClassVar[str] = "narrow"
 
         def rewrite(self, gm):
-            graph.attach(gm, "fc2.weight", nn.Parameter(gm.fc2.weight[:-1].detach()))
-            graph.attach(gm, "fc2.bias", nn.Parameter(gm.fc2.bias[:-1].detach()))
+            tensors.attach(gm, "fc2.weight", nn.Parameter(gm.fc2.weight[:-1].detach()))
+            tensors.attach(gm, "fc2.bias", nn.Parameter(gm.fc2.bias[:-1].detach()))
 
     gm, data = mq.capture(MLP().eval()), [torch.randn(2, 64)]
     with pytest.raises(mq.CalibrationError, match=r"bisect: after cut the graph does not run.*at node 'linear_1'"):

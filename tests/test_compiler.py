@@ -125,8 +125,8 @@ def test_the_four_checks():
     assert (good.load_test_passed, good.weight_range_valid, good.errors) == (True, True, ())
     assert good.compression_ratio > 3
     assert 5 < good.sqnr_db < 40
-    bad = mq.graph.clone(out)
-    mq.graph.attach(bad, "fc1.weight_scale", torch.full((128, 2), -1.0))
+    bad = mq.graph.tensors.clone(out)
+    mq.graph.tensors.attach(bad, "fc1.weight_scale", torch.full((128, 2), -1.0))
     broken = mq.validate_quantization(gm, bad)
     assert not broken.weight_range_valid
     assert broken.errors == ("weight range: fc1.weight: a scale is not finite and positive",)

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import mono_quant_fx as mq
-from mono_quant_fx import graph
 from mono_quant_fx.code_summary import summarize
+from mono_quant_fx.graph import tensors
 from tests.harness import Snapshot
 from tests.models import MLP, ConvNet, Reused, TiedLM
 
@@ -78,7 +78,7 @@ def test_the_figures_of_the_codes_are_those_of_the_stored_tensors(bits, symmetri
     out = mq.quantize(model, bits=bits, group_size=32, symmetric=symmetric, accuracy_warning="ignore")
     codes = chapter(out, "fc1").codes
     stored = out.graph_module.fc1
-    q = graph.get_attribute(out.graph_module, "fc1.weight" if bits == 8 else "fc1.weight_packed")
+    q = tensors.get_attribute(out.graph_module, "fc1.weight" if bits == 8 else "fc1.weight_packed")
     if bits == 4:
         q = torch.stack([(q >> 4 * i) & 15 for i in range(8)], -1).flatten(1) - 8
     low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
@@ -96,7 +96,7 @@ def test_the_figures_of_the_codes_are_those_of_the_stored_tensors(bits, symmetri
 
 def test_a_code_summary_reads_a_wide_weight_in_tiles(monkeypatch):
     out = mq.quantize(MLP().eval(), group_size=32, accuracy_warning="ignore")
-    annotation = next(a for _, a in mq.annotation.annotated(out.graph_module))
+    annotation = next(a for _, a in mq.graph.annotation.annotated(out.graph_module))
     whole = summarize(out.graph_module, annotation)
     monkeypatch.setattr(mq.numerics, "TILE", 200)
     assert summarize(out.graph_module, annotation) == whole

@@ -10,8 +10,8 @@ from hypothesis import Phase, example, given, settings
 from torch import nn
 
 import mono_quant_fx as mq
-from mono_quant_fx import graph
-from mono_quant_fx.storage_bytes import stored_bytes
+from mono_quant_fx.graph import tensors
+from mono_quant_fx.graph.storage_bytes import stored_bytes
 from tests.models import MLP
 
 
@@ -56,7 +56,7 @@ class TestRandomOps:
         gm = mq.capture(Noisy().eval(), x, method="symbolic")
         settings = mq.QuantConfig(group_size=32, algorithm="rtn", bias_correction=True)
         out = mq.default_pipeline(settings, [x])(gm).graph_module
-        shift = graph.get_attribute(out, "fc2.bias") - graph.get_attribute(gm, "fc2.bias")
+        shift = tensors.get_attribute(out, "fc2.bias") - tensors.get_attribute(gm, "fc2.bias")
         assert float(shift.abs().max().detach()) < 0.1
 
     def test_the_load_test_draws_alike(self):

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import mono_quant_fx as mq
-from mono_quant_fx.effects import may_write
 from mono_quant_fx.faithfulness import expectation
+from mono_quant_fx.graph.effects import may_write
 
 METHODS = ("symbolic", "export")
 pytestmark = pytest.mark.filterwarnings("ignore:capture")

@@ -15,11 +15,11 @@ from hypothesis import given, settings
 from torch import fx, nn
 
 import mono_quant_fx as mq
-from mono_quant_fx import graph
-from mono_quant_fx.annotation import pending, set_annotation
-from mono_quant_fx.codes import codes_of
-from mono_quant_fx.fingerprint import fingerprint
-from mono_quant_fx.free_names import LONGEST, free_name, free_names
+from mono_quant_fx.graph import tensors
+from mono_quant_fx.graph.annotation import pending, set_annotation
+from mono_quant_fx.graph.codes import codes_of
+from mono_quant_fx.graph.fingerprint import fingerprint
+from mono_quant_fx.graph.free_names import LONGEST, free_name, free_names
 
 pytestmark = pytest.mark.filterwarnings("ignore:capture. the model fixes")
 ALL = {"group_size": 16, "skip_param_threshold": 0, "accuracy_warning": "ignore"}
@@ -147,7 +147,7 @@ def test_free_names_carry_one_number_and_never_run_the_models_code():
     assert free_name(gm, "t.x") == "t_x", "a tensor is no module to put it into"
     assert free_name(gm, "b.c.x", {"b.c.x"}) == "b.c.x_1"
     with pytest.raises(mq.PassError, match="'t' is no module"):
-        graph.attach(gm, "t.x", torch.ones(1))
+        tensors.attach(gm, "t.x", torch.ones(1))
     assert isinstance(gm.t, nn.Parameter)
 
 
@@ -191,7 +191,7 @@ class Everything(nn.Module):
 
 def attach_codes(gm):
     for node, annotation in list(pending(gm)):
-        codes = codes_of(graph.get_tensor(gm, node), annotation, "test")
+        codes = codes_of(tensors.get_tensor(gm, node), annotation, "test")
         set_annotation(node, replace(annotation, stored=codes))
 
 
@@ -209,9 +209,9 @@ CHANGES = {
     "an attribute of a module": lambda gm: setattr(gm.leaky, "negative_slope", 0.9),
     "a module's mode": lambda gm: gm.leaky.train(True),
     "a hook": lambda gm: gm.leaky.register_forward_hook(lambda *a: a[-1]) and None,
-    "another view of one storage": lambda gm: graph.attach(gm, "fc.bias", nn.Parameter(gm.fc.weight.detach()[1])),
+    "another view of one storage": lambda gm: tensors.attach(gm, "fc.bias", nn.Parameter(gm.fc.weight.detach()[1])),
     "a sub-graph": lambda gm: next(n for n in gm.sub.graph.nodes if n.op == "call_function").update_arg(1, 3.0),
-    "a sub-graph's constant": lambda gm: graph.attach(gm, "sub.k", torch.ones(1)),
+    "a sub-graph's constant": lambda gm: tensors.attach(gm, "sub.k", torch.ones(1)),
     "the graph's meta": lambda gm: gm.meta.update(note="new"),
     "the calling convention": lambda gm: gm.graph.set_codegen(fx.graph.CodeGen()) or setattr(gm.graph._codegen, "n", 1),
     "a constant in a list": constant_in_a_list,
@@ -219,7 +219,7 @@ CHANGES = {
     "a sign of zero": lambda gm: next(n for n in gm.graph.nodes if n.name == "mul").update_arg(1, -0.0),
     "a node's type": lambda gm: setattr(call_of(gm, "placeholder"), "type", torch.Tensor),
     "a list in a node's meta": lambda gm: call_of(gm, "placeholder").meta["tags"].append("new"),
-    "whether a buffer is saved": lambda gm: graph.attach(gm, "table", gm.table, persistent=False),
+    "whether a buffer is saved": lambda gm: tensors.attach(gm, "table", gm.table, persistent=False),
     "a plain attribute": lambda gm: setattr(gm, "number", 5.0),
     "the values of a tensor": lambda gm: gm.table.add_(1),
 }  # fmt: skip
@@ -260,7 +260,7 @@ def test_a_change_of_any_kind_is_kept(what):
     gm = everything()
     assert mq.passes.SkipAnnotation(mq.QuantConfig(**ALL))(gm).modified is False, "nothing is found where nothing is"
     before = fingerprint(gm)
-    assert fingerprint(graph.clone(gm)) == before
+    assert fingerprint(tensors.clone(gm)) == before
     result = Change(what)(gm)
     assert result.modified and result.graph_module is not gm
     assert fingerprint(result.graph_module) != before
@@ -269,7 +269,7 @@ def test_a_change_of_any_kind_is_kept(what):
 def test_a_clone_keeps_the_mode_of_each_module():
     gm = everything()
     gm.leaky.train()
-    assert graph.clone(gm).leaky.training and not graph.clone(gm).training
+    assert tensors.clone(gm).leaky.training and not tensors.clone(gm).training
 
 
 # --- passes take time in proportion to the model ----------------------------------------------------------------------

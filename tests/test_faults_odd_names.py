@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import mono_quant_fx as mq
-from mono_quant_fx.own_names import is_taken, plain_names, spoken
+from mono_quant_fx.graph.own_names import is_taken, plain_names, spoken
 
 pytestmark = pytest.mark.filterwarnings("ignore:capture. the model fixes")
 OPTIONS = {"group_size": 32, "skip_param_threshold": 0}

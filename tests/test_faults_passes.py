@@ -12,9 +12,9 @@ from torch import fx, nn
 
 import mono_quant_fx as mq
 from mono_quant_fx import ops
-from mono_quant_fx.annotation import annotated
-from mono_quant_fx.permutations import composed, permutation
-from mono_quant_fx.weight_ops import find_weights
+from mono_quant_fx.graph.annotation import annotated
+from mono_quant_fx.graph.permutations import composed, permutation
+from mono_quant_fx.graph.weight_ops import find_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:capture. the model fixes")
 FEW = settings(max_examples=25, derandomize=True, deadline=None)

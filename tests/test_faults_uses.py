@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import mono_quant_fx as mq
-from mono_quant_fx.annotation import annotated, set_annotation
-from mono_quant_fx.weight_ops import find_weights
+from mono_quant_fx.graph.annotation import annotated, set_annotation
+from mono_quant_fx.graph.weight_ops import find_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:capture. the model fixes", "ignore:INT8 activations run")
 BY_METHOD = pytest.mark.parametrize("method", ["symbolic", "export"])

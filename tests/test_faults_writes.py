@@ -8,10 +8,10 @@ from torch import fx, nn
 import mono_quant_fx as mq
 from mono_quant_fx.carry import Carry
 from mono_quant_fx.data import to_batch
-from mono_quant_fx.effects import may_write
+from mono_quant_fx.graph.effects import may_write
+from mono_quant_fx.graph.state import written
 from mono_quant_fx.lockstep import Lockstep
 from mono_quant_fx.run import run_batch
-from mono_quant_fx.state import written
 
 METHODS = ("symbolic", "export")
 pytestmark = pytest.mark.filterwarnings("ignore:capture", "ignore:Few calibration samples")
@@ -252,7 +252,7 @@ def test_a_graph_whose_product_writes_keeps_its_weight_with_a_reason():
     g.output((g.call_function(F.linear, (buffer, other)), product))
     gm = fx.GraphModule(model, g)
     result = mq.passes.SkipAnnotation(mq.QuantConfig(group_size=16))(gm)
-    reasons = {a.weight: a.reason for _, a in mq.annotation.annotated(result.graph_module)}
+    reasons = {a.weight: a.reason for _, a in mq.graph.annotation.annotated(result.graph_module)}
     assert reasons == {"a.weight": "mm writes in place here", "b.weight": ""}
 
 

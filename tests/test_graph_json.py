@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 import mono_quant_fx as mq
-from mono_quant_fx import graph
-from mono_quant_fx.annotation import annotated
+from mono_quant_fx.graph.annotation import annotated
+from mono_quant_fx.graph.tensors import get_attribute, is_persistent, module_stack, named_tensors
 from mono_quant_fx.graph_json import graph_from_json, graph_to_json
 from mono_quant_fx.json_values import value_from_json, value_to_json
 from mono_quant_fx.leaf_modules import ARGUMENTS, CLASSES, leaf_from_json, leaf_to_json
@@ -25,7 +25,7 @@ from tests.real_models import minilm
 
 
 def tensors_of(gm: fx.GraphModule, data: dict[str, Any]) -> dict[str, Tensor]:
-    return {name: graph.get_attribute(gm, name) for name in data["tensors"]}
+    return {name: get_attribute(gm, name) for name in data["tensors"]}
 
 
 def call(gm: nn.Module, inputs: Any) -> Any:
@@ -45,11 +45,11 @@ def round_trip(gm: fx.GraphModule, inputs: Any) -> fx.GraphModule:
     assert [(n.name, a) for n, a in annotated(back)] == [(n.name, a) for n, a in annotated(gm)]
     for old, new in zip(gm.graph.nodes, back.graph.nodes, strict=True):
         assert {u.name for u in old.users} == {u.name for u in new.users}
-        assert graph.module_stack(old) == graph.module_stack(new)
+        assert module_stack(old) == module_stack(new)
         assert old.meta.get("stack_trace") == new.meta.get("stack_trace")
-    for name, tensor in graph.named_tensors(gm):
-        twin = graph.get_attribute(back, name)
-        assert (twin is tensor) and graph.is_persistent(back, name) == graph.is_persistent(gm, name)
+    for name, tensor in named_tensors(gm):
+        twin = get_attribute(back, name)
+        assert (twin is tensor) and is_persistent(back, name) == is_persistent(gm, name)
     assert back.state_dict().keys() == gm.state_dict().keys()
     expected, structure = torch.utils._pytree.tree_flatten(call(gm, inputs))
     got, same = torch.utils._pytree.tree_flatten(call(back, inputs))

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import mono_quant_fx as mq
-from mono_quant_fx import graph
+from mono_quant_fx.graph.tensors import named_tensors
 from tests import hf_models
 from tests.harness import Snapshot
 
@@ -81,7 +81,7 @@ def test_every_weight_has_a_scheme_or_a_reason(name):
     model, rows = case(name).model, case(name).result.accuracy.rows
     assert [row.node for row in rows if row.scheme == "float32" and not row.reason] == []
     assert [row.node for row in rows if row.scheme.startswith("int4")]
-    tensors = dict(graph.named_tensors(model))
+    tensors = dict(named_tensors(model))
     shown = {id(tensors[row.weight]) for row in rows if row.weight in tensors}
     leaves = {row.weight for row in rows if row.weight not in tensors}
     missing = [

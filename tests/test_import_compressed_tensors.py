@@ -12,9 +12,9 @@ from torch import nn
 
 import mono_quant_fx as mq
 from mono_quant_fx import foreign_packing
-from mono_quant_fx.annotation import annotated
 from mono_quant_fx.files.checkpoint_files import Checkpoint
 from mono_quant_fx.foreign_weights import Reader, Wanted
+from mono_quant_fx.graph.annotation import annotated
 from mono_quant_fx.numerics import affine
 from tests.checkpoint_models import IDS, Model, skeleton
 

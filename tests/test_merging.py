@@ -4,9 +4,9 @@ import torch
 from torch import nn
 
 import mono_quant_fx as mq
-from mono_quant_fx import graph
-from mono_quant_fx.annotation import annotated, stored_weight
-from mono_quant_fx.merging import LinearCall, merge, unmerge
+from mono_quant_fx.graph import tensors
+from mono_quant_fx.graph.annotation import annotated, stored_weight
+from mono_quant_fx.graph.merging import LinearCall, merge, unmerge
 from tests.benchmarks import merging as benchmark
 
 
@@ -25,10 +25,10 @@ def quantized():
 
 def test_unmerge_undoes_merge():
     before = quantized()
-    gm = graph.clone(before)
+    gm = tensors.clone(before)
     merge(gm, [n for n in gm.graph.nodes if LinearCall.read(n)], own_memory=False)
-    graph.drop_dead_code(gm)
-    graph.drop_unused(gm)
+    tensors.drop_dead_code(gm)
+    tensors.drop_unused(gm)
     assert sorted(gm.state_dict()) == [
         "a_b.bias", "a_b.weight_packed", "a_b.weight_scale", "a_b.weight_zero_point"
     ]  # fmt: skip
@@ -36,8 +36,8 @@ def test_unmerge_undoes_merge():
         rows = annotation.merged
         assert stored_weight(gm, annotation).weight_packed.data_ptr() == gm.a_b.weight_packed[rows.start].data_ptr()
     unmerge(gm)
-    graph.drop_dead_code(gm)
-    graph.drop_unused(gm)
+    tensors.drop_dead_code(gm)
+    tensors.drop_unused(gm)
     assert [(n.op, str(n.target)) for n in gm.graph.nodes] == [(n.op, str(n.target)) for n in before.graph.nodes]
     assert [a for _, a in annotated(gm)] == [a for _, a in annotated(before)]
     state = gm.state_dict()

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import mono_quant_fx as mq
-from mono_quant_fx import graph
-from mono_quant_fx.rewrite import add_call
+from mono_quant_fx.graph import tensors
+from mono_quant_fx.graph.rewrite import add_call
 from tests.harness import Snapshot, check_pass
 from tests.models import MLP, ConvNet, Reused, TiedLM
 
@@ -61,7 +61,7 @@ class Zeroed(mq.Pass):
         node = node_of(gm, "linear")
         if node.args[2].target == "zero":
             return
-        graph.attach(gm, "zero", torch.zeros(128))
+        tensors.attach(gm, "zero", torch.zeros(128))
         with gm.graph.inserting_before(node):
             node.update_arg(2, gm.graph.get_attr("zero"))
 
@@ -149,7 +149,7 @@ def test_a_new_value_and_a_new_note_are_changes():
         name: ClassVar[str] = "halved"
 
         def rewrite(self, gm):
-            graph.attach(gm, "fc1.bias", nn.Parameter(gm.fc1.bias.detach() / 2))
+            tensors.attach(gm, "fc1.bias", nn.Parameter(gm.fc1.bias.detach() / 2))
             node_of(gm, "relu").meta["note"] = "seen"
 
     out = Halved()(mq.capture(MLP().eval())).graph_module
@@ -189,7 +189,7 @@ def test_histories_are_plain_data_and_stay_through_copies_and_a_second_pipeline(
     out = pipeline(mq.capture(model)).graph_module
     histories = [mq.history(n) for n in out.graph.nodes]
     assert any(histories)
-    for twin in (copy.deepcopy(out), graph.clone(out), pipeline(out).graph_module):
+    for twin in (copy.deepcopy(out), tensors.clone(out), pipeline(out).graph_module):
         assert [mq.history(n) for n in twin.graph.nodes] == histories
     assert not [key for n in out.graph.nodes for key in n.meta if "mark" in key]
     for step in {s for h in histories for s in h}:

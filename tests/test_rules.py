@@ -6,8 +6,8 @@ import pytest
 from torch import nn
 
 import mono_quant_fx as mq
-from mono_quant_fx.annotation import annotated
-from mono_quant_fx.rules import matches
+from mono_quant_fx.graph.annotation import annotated
+from mono_quant_fx.graph.skip_rules import matches
 
 
 class Gated(nn.Module):

@@ -3,10 +3,10 @@ import torch
 from torch import nn
 
 import mono_quant_fx as mq
-from mono_quant_fx import graph
-from mono_quant_fx.annotation import annotated
 from mono_quant_fx.carry import Carry
 from mono_quant_fx.data import to_batch
+from mono_quant_fx.graph import tensors
+from mono_quant_fx.graph.annotation import annotated
 from mono_quant_fx.numerics.rounding import RoundingOptions, round_weight
 from mono_quant_fx.sequential import SequentialWalk
 from tests.harness import Snapshot, check_pass
@@ -27,7 +27,7 @@ def hessians(model, data, algorithm="clip"):
 
     def round_one(node, annotation, hessian, _):
         seen[annotation.weight] = hessian
-        matrix = graph.get_tensor(gm, node).detach()
+        matrix = tensors.get_tensor(gm, node).detach()
         rounded[annotation.weight] = round_weight(matrix, annotation.scheme, hessian, RoundingOptions(algorithm))
         return rounded[annotation.weight]
 
@@ -203,6 +203,6 @@ def test_only_live_values_are_held(monkeypatch):
 
     monkeypatch.setattr(Carry, "put", counting)
     walk = SequentialWalk(gm, [to_batch(torch.randn(2, 64))], lambda n, a, h, _: round_weight(
-        graph.get_tensor(gm, n).detach(), a.scheme, h, RoundingOptions()))  # fmt: skip
+        tensors.get_tensor(gm, n).detach(), a.scheme, h, RoundingOptions()))  # fmt: skip
     assert len(walk.run()) == 12
     assert max(held) <= 2

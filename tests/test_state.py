@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import mono_quant_fx as mq
-from mono_quant_fx import graph
 from mono_quant_fx.carry import Carry
 from mono_quant_fx.collection import collect
+from mono_quant_fx.graph import tensors
+from mono_quant_fx.graph.state import written
 from mono_quant_fx.run import run_batch
-from mono_quant_fx.state import written
 from tests.harness import Snapshot
 
 METHODS = ("symbolic", "export")
@@ -84,7 +84,7 @@ def test_a_walk_of_all_batches_equals_each_batch_alone(method):
                 break
     assert gm.keys.abs().sum() == 0
     for batch, found in zip(batches, walk.values[last], strict=True):
-        expected = run_batch(graph.isolate(gm), batch)
+        expected = run_batch(tensors.isolate(gm), batch)
         torch.testing.assert_close(found, expected[0] if isinstance(expected, tuple) else expected)
 
 

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import mono_quant_fx as mq
-from mono_quant_fx import graph, saving
-from mono_quant_fx.annotation import annotated
+from mono_quant_fx import saving
 from mono_quant_fx.files.reader import TensorFile, TensorWriter
+from mono_quant_fx.graph.annotation import annotated
+from mono_quant_fx.graph.tensors import module_path, named_tensors
 
 
 class Attention(nn.Module):
@@ -112,7 +113,7 @@ def assert_same(actual: mq.QuantizationResult, expected: mq.QuantizationResult, 
     assert actual.graph_module.code == expected.graph_module.code
     assert str(actual) == str(expected)
     assert (actual.info, actual.config, actual.accuracy) == (expected.info, expected.config, expected.accuracy)
-    found, wanted = (dict(graph.named_tensors(r.graph_module)) for r in (actual, expected))
+    found, wanted = (dict(named_tensors(r.graph_module)) for r in (actual, expected))
     assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():
         assert torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype, name
@@ -131,13 +132,13 @@ def test_a_skeleton_gets_everything_back(name, is_meta, tmp_path):
     if is_meta:
         skeleton = skeleton.to("meta")
     else:
-        for _, tensor in graph.named_tensors(skeleton):
+        for _, tensor in named_tensors(skeleton):
             tensor.data.fill_(float("nan"))  # values are not read
-    before = {n: id(t) for n, t in graph.named_tensors(skeleton)}
+    before = {n: id(t) for n, t in named_tensors(skeleton)}
     again = mq.load(tmp_path / "m.safetensors", skeleton)
     assert_same(again, result, example)
-    assert {n: id(t) for n, t in graph.named_tensors(skeleton)} == before
-    assert not any(t.is_meta for _, t in graph.named_tensors(again.graph_module))
+    assert {n: id(t) for n, t in named_tensors(skeleton)} == before
+    assert not any(t.is_meta for _, t in named_tensors(again.graph_module))
     again.save(tmp_path / "n.safetensors")
     assert (tmp_path / "n.safetensors").read_bytes() == (tmp_path / "m.safetensors").read_bytes()
 
@@ -149,7 +150,7 @@ def test_a_file_with_its_graph_needs_no_model(name, tmp_path):
     again = mq.load(tmp_path / "m.safetensors")
     assert_same(again, result, example)
     pairs = zip(again.graph_module.graph.nodes, result.graph_module.graph.nodes, strict=True)
-    assert all(mq.history(a) == mq.history(b) and graph.module_path(a) == graph.module_path(b) for a, b in pairs)
+    assert all(mq.history(a) == mq.history(b) and module_path(a) == module_path(b) for a, b in pairs)
     assert_same(mq.load(tmp_path / "m.safetensors", model), result, example)
 
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import mono_quant_fx as mq
-from mono_quant_fx import graph
+from mono_quant_fx.graph import tensors
 from mono_quant_fx.quant_tracer import required_inputs
 from mono_quant_fx.tracer import open_modules, trace
 from tests.harness import Snapshot, assert_graph
@@ -48,7 +48,7 @@ def test_weights_are_get_attr_nodes_under_their_own_names_one_a_tensor():
         """,
     )
     assert set(gm.state_dict()) == {"emb.weight", "fc.weight", "fc.bias"}
-    paths = {n.name: graph.module_path(n) for n in gm.graph.nodes if n.op == "call_function"}
+    paths = {n.name: tensors.module_path(n) for n in gm.graph.nodes if n.op == "call_function"}
     assert paths == {"embedding": "emb", "linear": "fc", "tanh": "", "linear_1": "head"}
 
 

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from torch import nn
 
 import mono_quant_fx as mq
+from mono_quant_fx.graph.weight_ops import find_weights, from_matrix, hidden_weights, matrix_shape, to_matrix
 from mono_quant_fx.numerics.affine import dequantize_weight
-from mono_quant_fx.weight_ops import find_weights, from_matrix, hidden_weights, matrix_shape, to_matrix
 
 #: The fused op sums tile by tile, the float op at once; everything else is exact.
 TOLERANCE = 1e-5

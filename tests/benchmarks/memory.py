@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import mono_quant_fx as mq
-from mono_quant_fx import graph
+from mono_quant_fx.graph import tensors
 from tests.real_models import minilm
 
 WIDTH, LAYERS = 4096, 3
@@ -95,8 +95,8 @@ def measure(case: str) -> str:
 
 def own_bytes(result: nn.Module, model: nn.Module) -> int:
     """Bytes of what `result` stores and does not share with `model`."""
-    shared = {t.untyped_storage()._cdata for _, t in graph.named_tensors(model)}
-    own = {t.untyped_storage()._cdata: t.nbytes for _, t in graph.named_tensors(result)}
+    shared = {t.untyped_storage()._cdata for _, t in tensors.named_tensors(model)}
+    own = {t.untyped_storage()._cdata: t.nbytes for _, t in tensors.named_tensors(result)}
     return sum(size for storage, size in own.items() if storage not in shared)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import mono_quant_fx as mq
-from mono_quant_fx.annotation import annotated
+from mono_quant_fx.graph.annotation import annotated
 
 Plan = dict[str, mq.QuantScheme]
 

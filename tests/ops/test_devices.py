@@ -14,7 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 import mono_quant_fx as mq
-from mono_quant_fx import graph, ops
+from mono_quant_fx import ops
+from mono_quant_fx.graph import tensors
 from tests import hf_models
 from tests.ops.references import REFERENCES
 
@@ -73,10 +74,10 @@ def there(tensor, device):
 
 def run(gm, inputs, device):
     """The graph on that device, its operators seen, and its output."""
-    moved = graph.clone(gm)
+    moved = tensors.clone(gm)
     with FakeTensorMode(), Indexing():
-        for name, tensor in list(graph.named_tensors(moved)):
-            graph.attach(moved, name, there(tensor, device))
+        for name, tensor in list(tensors.named_tensors(moved)):
+            tensors.attach(moved, name, there(tensor, device))
         interpreter = OnDevice(moved, device)
         out = interpreter.run(*[there(x, device) for x in inputs], enable_io_processing=False)
     return interpreter.seen, out
@@ -149,4 +150,4 @@ def test_a_graph_module_moves_with_to_and_runs_on_meta():
     moved = copy.deepcopy(gm).to("meta")
     out = moved(x.to("meta"))
     assert out.is_meta and out.shape == gm(x).shape
-    assert all(t.is_meta for _, t in graph.named_tensors(moved))
+    assert all(t.is_meta for _, t in tensors.named_tensors(moved))

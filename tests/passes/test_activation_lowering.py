@@ -9,7 +9,7 @@ from torch import nn
 
 import mono_quant_fx as mq
 from mono_quant_fx import ops
-from mono_quant_fx.annotation import annotated
+from mono_quant_fx.graph.annotation import annotated
 from tests.harness import check_pass
 from tests.models import MLP, ConvNet, Reused, TiedLM
 

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import mono_quant_fx as mq
-from mono_quant_fx import graph
-from mono_quant_fx.annotation import annotated
 from mono_quant_fx.data import to_batch
+from mono_quant_fx.graph import tensors
+from mono_quant_fx.graph.annotation import annotated
 from mono_quant_fx.run import run_batch
 from tests.harness import Snapshot, check_pass
 from tests.models import MLP, ConvNet, Reused, TiedLM
@@ -57,7 +57,7 @@ def mean_errors(model, gm, batches, modules):
     found = {}
     rows = {use.module: use.node for _, a in annotated(quantized) for use in a.users}
     for name in modules:
-        probe = graph.clone(quantized)
+        probe = tensors.clone(quantized)
         node = next(n for n in probe.graph.nodes if n.name == rows[name])
         output = next(n for n in probe.graph.nodes if n.op == "output")
         output.args = (node,)

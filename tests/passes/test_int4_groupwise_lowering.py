@@ -16,16 +16,16 @@ def annotate(model, config=CONFIG):
 
 def float_graph_with_rounded_weights(gm, lowered):
     """The oracle: the float graph, its weights replaced by fake_quantize(weight), straight from the numerics."""
-    from mono_quant_fx.annotation import annotated
-    from mono_quant_fx.weight_ops import from_matrix, to_matrix
+    from mono_quant_fx.graph.annotation import annotated
+    from mono_quant_fx.graph.weight_ops import from_matrix, to_matrix
 
-    oracle = mq.graph.clone(gm)
+    oracle = mq.graph.tensors.clone(gm)
     for _, a in annotated(lowered):
         if a.lowered:
-            matrix = to_matrix(mq.graph.get_attribute(gm, a.weight).detach(), a.layout, a.groups)
+            matrix = to_matrix(mq.graph.tensors.get_attribute(gm, a.weight).detach(), a.layout, a.groups)
             rounded = affine.fake_quantize(matrix.contiguous(), a.scheme)
             value = from_matrix(rounded, a.layout, a.groups, a.shape, lambda op, *args: op(*args))
-            mq.graph.attach(oracle, a.weight, torch.nn.Parameter(value.contiguous(), requires_grad=False))
+            mq.graph.tensors.attach(oracle, a.weight, torch.nn.Parameter(value.contiguous(), requires_grad=False))
     return oracle
 
 
@@ -110,7 +110,7 @@ def test_it_does_not_fire_without_annotations():
 def test_codes_that_are_there_need_no_float_weight():
     from dataclasses import replace
 
-    from mono_quant_fx.annotation import annotated, set_annotation
+    from mono_quant_fx.graph.annotation import annotated, set_annotation
 
     model = nn.Sequential(nn.Linear(64, 32, bias=False))
     stored = affine.quantize_matrix(model[0].weight.detach(), CONFIG.scheme)

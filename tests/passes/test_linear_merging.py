@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import mono_quant_fx as mq
-from mono_quant_fx import graph, lockstep, ops
-from mono_quant_fx.annotation import annotated, stored_weight
+from mono_quant_fx import lockstep, ops
+from mono_quant_fx.graph import tensors
+from mono_quant_fx.graph.annotation import annotated, stored_weight
 from mono_quant_fx.ops import native
 from tests import hf_models
 from tests.harness import check_pass
@@ -123,9 +124,9 @@ def test_every_linear_op_merges_into_views(op, fields, symmetric, method):
 def test_the_origin_of_each_node_is_told():
     gm = merged(mq.capture(Attention().eval(), torch.randn(1, 2, 64), method="export"), torch.randn(1, 2, 64))
     nodes = {n.name: n for n in gm.graph.nodes}
-    assert [graph.module_path(nodes[n]) for n in ("linear", "linear_1", "linear_2")] == ["q", "k", "v"]
+    assert [tensors.module_path(nodes[n]) for n in ("linear", "linear_1", "linear_2")] == ["q", "k", "v"]
     assert "self" in nodes["linear_2"].meta["stack_trace"]
-    assert graph.module_path(nodes["linear_merged"]) == graph.module_path(nodes["linear_split"]) == ""
+    assert tensors.module_path(nodes["linear_merged"]) == tensors.module_path(nodes["linear_split"]) == ""
 
 
 class Pair(nn.Module):
@@ -295,9 +296,9 @@ def test_any_graph_computes_the_same_and_comes_back(case):
     for weight, stored in before.items():
         for a, b in zip(stored, after[weight], strict=True):
             assert (a is None and b is None) or torch.equal(a, b)
-    assert graph.total_bytes(gm) == graph.total_bytes(single)
+    assert tensors.total_bytes(gm) == tensors.total_bytes(single)
     first, second = (mq.dequantize_model(m) for m in (single, gm))
-    assert [graph.op_name(n) for n in first.graph.nodes] == [graph.op_name(n) for n in second.graph.nodes]
+    assert [tensors.op_name(n) for n in first.graph.nodes] == [tensors.op_name(n) for n in second.graph.nodes]
     assert all(torch.equal(t, first.state_dict()[name]) for name, t in second.state_dict().items())
     assert sorted(first.state_dict()) == sorted(second.state_dict())
 

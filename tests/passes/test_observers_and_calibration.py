@@ -2,7 +2,7 @@ import pytest
 import torch
 
 import mono_quant_fx as mq
-from mono_quant_fx.annotation import annotated
+from mono_quant_fx.graph.annotation import annotated
 from tests.harness import Snapshot, check_pass
 from tests.models import MLP, Reused, TiedLM
 

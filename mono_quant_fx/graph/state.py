@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx, nn
 
-from mono_quant_fx import graph
-from mono_quant_fx.effects import may_write, origins
 from mono_quant_fx.errors import CaptureError
+from mono_quant_fx.graph.effects import may_write, origins
+from mono_quant_fx.graph.tensors import STATE, attach, get_attribute, get_tensor, is_persistent
 
 aten = torch.ops.aten
 
@@ -21,14 +21,14 @@ def written(gm: fx.GraphModule) -> list[fx.Node]:
 def own_state(gm: fx.GraphModule) -> None:
     """Gives `gm` copies of the tensors that it writes, so that running it leaves no trace in whoever shares them."""
     targets = dict.fromkeys(str(node.target) for node in written(gm))
-    gm.meta[graph.STATE] = tuple(targets)
+    gm.meta[STATE] = tuple(targets)
     for target in targets:
-        value = graph.get_attribute(gm, target)
+        value = get_attribute(gm, target)
         if isinstance(value, Tensor):
             own = value.detach().clone()
             is_parameter = isinstance(value, nn.Parameter)
             own = nn.Parameter(own, requires_grad=False) if is_parameter else own
-            graph.attach(gm, target, own, graph.is_persistent(gm, target))
+            attach(gm, target, own, is_persistent(gm, target))
 
 
 def share_memory(gm: fx.GraphModule) -> None:
@@ -41,7 +41,7 @@ def share_memory(gm: fx.GraphModule) -> None:
     """
     homes: dict[int, list[fx.Node]] = {}
     for node in gm.graph.nodes:
-        tensor = graph.get_tensor(gm, node)
+        tensor = get_tensor(gm, node)
         if tensor is not None and tensor.numel():
             homes.setdefault(tensor.untyped_storage()._cdata, []).append(node)
     touched = set(written(gm))
@@ -51,7 +51,7 @@ def share_memory(gm: fx.GraphModule) -> None:
 
 
 def _join(gm: fx.GraphModule, nodes: list[fx.Node]) -> None:
-    tensors = {node: graph.get_tensor(gm, node) for node in nodes}
+    tensors = {node: get_tensor(gm, node) for node in nodes}
     whole = max(nodes, key=lambda n: tensors[n].numel())  # type: ignore[union-attr]
     base = tensors[whole]
     assert base is not None

@@ -12,12 +12,12 @@ from dataclasses import dataclass, field, replace
 
 from torch import fx
 
-from mono_quant_fx.arguments import Arg, argument
 from mono_quant_fx.config import QuantScheme
-from mono_quant_fx.graph import get_attribute
+from mono_quant_fx.graph.arguments import Arg, argument
+from mono_quant_fx.graph.tensors import get_attribute
+from mono_quant_fx.graph.weight_ops import Weight
+from mono_quant_fx.graph.weight_table import consumption
 from mono_quant_fx.numerics.affine import QuantizedWeight
-from mono_quant_fx.weight_ops import Weight
-from mono_quant_fx.weight_table import consumption
 
 KEY = "mono_quant_fx"
 

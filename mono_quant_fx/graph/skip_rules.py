@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from mono_quant_fx.config import DEFAULT_INT4_SKIP, INT8, QuantConfig, QuantScheme
 from mono_quant_fx.errors import ConfigError, PatternError
-from mono_quant_fx.weight_ops import Weight, WeightUse, matrix_shape
+from mono_quant_fx.graph.weight_ops import Weight, WeightUse, matrix_shape
 
 LEAST_SHRUNK_GROUP = 16
 

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from mono_quant_fx.calls import module_of
-from mono_quant_fx.effects import may_write, origins
+from mono_quant_fx.graph.calls import module_of
+from mono_quant_fx.graph.effects import may_write, origins
 from mono_quant_fx.ops.registry import is_ours
 
 #: Read tensors of any strides, and return memory of their own (or a plain number).

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from mono_quant_fx.arguments import Arg, argument, rest
+from mono_quant_fx.graph.arguments import Arg, argument, rest
 
 aten = torch.ops.aten
 Axes = tuple[int, ...]

@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from mono_quant_fx.arguments import argument
-from mono_quant_fx.calls import inside
-from mono_quant_fx.effects import may_write
-from mono_quant_fx.graph import get_attribute, get_tensor, module_path, module_stack, op_name
-from mono_quant_fx.norm_patterns import is_elementwise, is_vector, norm_kind
+from mono_quant_fx.graph.arguments import argument
+from mono_quant_fx.graph.calls import inside
+from mono_quant_fx.graph.effects import may_write
+from mono_quant_fx.graph.norm_patterns import is_elementwise, is_vector, norm_kind
+from mono_quant_fx.graph.own_names import own_name
+from mono_quant_fx.graph.permutations import Axes, composed, permutation
+from mono_quant_fx.graph.tensors import get_attribute, get_tensor, module_path, module_stack, op_name
+from mono_quant_fx.graph.weight_table import GENERAL_CONVS, WeightOp, rows_for, unpermuted
 from mono_quant_fx.ops.registry import is_ours
-from mono_quant_fx.own_names import own_name
-from mono_quant_fx.permutations import Axes, composed, permutation
-from mono_quant_fx.weight_table import GENERAL_CONVS, WeightOp, rows_for, unpermuted
 
 aten = torch.ops.aten
 

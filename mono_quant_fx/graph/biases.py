@@ -6,10 +6,10 @@ from collections.abc import Collection
 
 from torch import Tensor, fx
 
-from mono_quant_fx.arguments import Arg, argument, set_argument
-from mono_quant_fx.free_names import free_name
-from mono_quant_fx.rewrite import add_constant
-from mono_quant_fx.weight_table import rows_for, unpermuted
+from mono_quant_fx.graph.arguments import Arg, argument, set_argument
+from mono_quant_fx.graph.free_names import free_name
+from mono_quant_fx.graph.rewrite import add_constant
+from mono_quant_fx.graph.weight_table import rows_for, unpermuted
 
 
 def bias_at(node: fx.Node) -> Arg | None:

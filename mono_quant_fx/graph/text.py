@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from mono_quant_fx.annotation import get_annotation
-from mono_quant_fx.graph import get_attribute, need_graph, op_name
+from mono_quant_fx.graph.annotation import get_annotation
+from mono_quant_fx.graph.tensors import get_attribute, need_graph, op_name
 
 
 def format_graph(gm: fx.GraphModule) -> str:

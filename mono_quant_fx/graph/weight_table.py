@@ -25,8 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from mono_quant_fx.arguments import Arg, argument
-from mono_quant_fx.permutations import is_permutation, permuted
+from mono_quant_fx.graph.arguments import Arg, argument
+from mono_quant_fx.graph.permutations import is_permutation, permuted
 
 aten = torch.ops.aten
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import fx
 
-from mono_quant_fx.arguments import Arg, argument
-from mono_quant_fx.weight_table import GENERAL_CONVS, TRANSPOSED, rows_for
+from mono_quant_fx.graph.arguments import Arg, argument
+from mono_quant_fx.graph.weight_table import GENERAL_CONVS, TRANSPOSED, rows_for
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mono_quant_fx.annotation import QuantAnnotation
 from mono_quant_fx.errors import WeightError
+from mono_quant_fx.graph.annotation import QuantAnnotation
+from mono_quant_fx.graph.weight_ops import from_matrix, matrix_shape, to_matrix
 from mono_quant_fx.numerics import affine
-from mono_quant_fx.weight_ops import from_matrix, matrix_shape, to_matrix
 
 
 def codes_of(weight: Tensor, annotation: QuantAnnotation, stage: str) -> affine.QuantizedWeight:

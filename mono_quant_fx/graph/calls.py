@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from mono_quant_fx.graph import get_attribute
+from mono_quant_fx.graph.tensors import get_attribute
 
 HigherOrder = torch._ops.HigherOrderOperator
 

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from mono_quant_fx import graph, ops
-from mono_quant_fx.annotation import (
+from mono_quant_fx import ops
+from mono_quant_fx.graph.annotation import (
     MergedRows,
     QuantAnnotation,
     annotated,
@@ -28,8 +28,9 @@ from mono_quant_fx.annotation import (
     set_annotation,
     stored_weight,
 )
-from mono_quant_fx.free_names import LONGEST, free_base, free_name, shortened
-from mono_quant_fx.rewrite import VALUES, add_call, add_constant
+from mono_quant_fx.graph.free_names import LONGEST, free_base, free_name, shortened
+from mono_quant_fx.graph.rewrite import VALUES, add_call, add_constant
+from mono_quant_fx.graph.tensors import get_attribute, get_tensor
 
 aten = torch.ops.aten
 
@@ -56,7 +57,7 @@ class LinearCall(NamedTuple):
     def outputs(self, gm: fx.GraphModule) -> int:
         """N, the rows of the weight."""
         assert self.stored[0] is not None
-        return int(graph.get_attribute(gm, str(self.stored[0].target)).shape[0])
+        return int(get_attribute(gm, str(self.stored[0].target)).shape[0])
 
     @property
     def args(self) -> tuple[Any, ...]:
@@ -150,7 +151,7 @@ def _annotation(call: LinearCall) -> QuantAnnotation:
 def _stacked(gm: fx.GraphModule, name: str, nodes: Sequence[fx.Node | None]) -> fx.Node | None:
     """The rows of all these constants as one constant."""
     own = [node for node in nodes if node is not None]
-    tensors = [t for node in own if (t := graph.get_tensor(gm, node)) is not None]
+    tensors = [t for node in own if (t := get_tensor(gm, node)) is not None]
     if not tensors:
         return None
     whole = torch.cat([t.detach() for t in tensors])
@@ -158,7 +159,7 @@ def _stacked(gm: fx.GraphModule, name: str, nodes: Sequence[fx.Node | None]) -> 
 
 
 def _own_bias(gm: fx.GraphModule, whole: fx.Node, rows: MergedRows, like: fx.Node) -> fx.Node:
-    tensor = graph.get_tensor(gm, whole)
+    tensor = get_tensor(gm, whole)
     assert tensor is not None and rows.bias is not None
     own = tensor.detach()[rows.start : rows.stop].clone()
     return add_constant(gm, rows.bias, _same_kind(own, tensor), like)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from mono_quant_fx.graph import HISTORY, attribute_targets, get_attribute, is_persistent, named_tensors
+from mono_quant_fx.graph.tensors import HISTORY, attribute_targets, get_attribute, is_persistent, named_tensors
 
 _PLAIN = (str, bytes, bool, int, float, complex, type(None), type(Ellipsis))
 _NAMED = (torch.dtype, torch.device, torch.layout, torch.memory_format)

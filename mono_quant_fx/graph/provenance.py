@@ -14,10 +14,10 @@ from typing import Any
 
 from torch import fx
 
-from mono_quant_fx.annotation import KEY as DECISION
-from mono_quant_fx.annotation import QuantAnnotation, get_annotation
-from mono_quant_fx.fingerprint import Fingerprint, NodeToken
-from mono_quant_fx.graph import HISTORY, op_name
+from mono_quant_fx.graph.annotation import KEY as DECISION
+from mono_quant_fx.graph.annotation import QuantAnnotation, get_annotation
+from mono_quant_fx.graph.fingerprint import Fingerprint, NodeToken
+from mono_quant_fx.graph.tensors import HISTORY, op_name
 
 _MARK = "mono_quant_fx_mark"
 _LONGEST = 160

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from mono_quant_fx import copying
 from mono_quant_fx.errors import PassError, PreconditionError
+from mono_quant_fx.graph import copying
+from mono_quant_fx.graph.storage_bytes import stored_bytes
+from mono_quant_fx.graph.weight_table import PURE
 from mono_quant_fx.ops.registry import is_ours
 from mono_quant_fx.process.this_thread import unheard
-from mono_quant_fx.storage_bytes import stored_bytes
-from mono_quant_fx.weight_table import PURE
 
 #: The key of gm.meta that names the tensors that a graph writes.
 STATE = "mono_quant_fx_state"

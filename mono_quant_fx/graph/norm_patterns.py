@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import fx
 
-from mono_quant_fx.graph import op_name
+from mono_quant_fx.graph.tensors import op_name
 
 #: How many calls in a row are looked through.
 REACH = 12

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from mono_quant_fx import graph
-from mono_quant_fx.annotation import drop_annotation
-from mono_quant_fx.provenance import stand_for
+from mono_quant_fx.graph import tensors
+from mono_quant_fx.graph.annotation import drop_annotation
+from mono_quant_fx.graph.provenance import stand_for
 
 #: Keys under which torch keeps a node's value; a new node has another.
 VALUES = ("val", "tensor_meta", "example_value")
@@ -20,7 +20,7 @@ Like = fx.Node | Sequence[fx.Node]
 
 def add_constant(gm: fx.GraphModule, name: str, tensor: Tensor, like: Like) -> fx.Node:
     """Stores a tensor under a dotted name and reads it at the insertion point."""
-    graph.attach(gm, name, tensor)
+    tensors.attach(gm, name, tensor)
     return _take_meta(gm.graph.get_attr(name), like)
 
 

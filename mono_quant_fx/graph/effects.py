@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from mono_quant_fx.calls import (
+from mono_quant_fx.graph.calls import (
     PLAIN,
     HigherOrder,
     augmented,
@@ -32,7 +32,7 @@ from mono_quant_fx.calls import (
     nodes_in,
     schemas,
 )
-from mono_quant_fx.effect_tables import (
+from mono_quant_fx.graph.effect_tables import (
     EITHER,
     EITHER_MODULES,
     HARMLESS,
