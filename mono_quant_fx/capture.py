@@ -25,7 +25,7 @@ from mono_quant_fx.errors import CaptureError, ConfigError
 from mono_quant_fx.export_ways import exported
 from mono_quant_fx.exporter import follow_inputs
 from mono_quant_fx.faithfulness import Expectation, check_faithful, expectation
-from mono_quant_fx.functionalize import input_notes
+from mono_quant_fx.functionalization.functionalize import input_notes
 from mono_quant_fx.graph.weight_ops import find_weights, hidden_weights
 from mono_quant_fx.process.surroundings import plain
 from mono_quant_fx.randomness import own_generators

@@ -16,7 +16,7 @@ from mono_quant_fx.capture_record import CaptureRecord, get_record, meta_batch, 
 from mono_quant_fx.data import Batch, to_batch
 from mono_quant_fx.errors import CaptureError, MonoQuantError
 from mono_quant_fx.exporter import export
-from mono_quant_fx.functionalize import input_notes
+from mono_quant_fx.functionalization.functionalize import input_notes
 from mono_quant_fx.graph.tensors import attach, get_attribute, is_persistent, named_tensors
 from mono_quant_fx.process.surroundings import plain
 from mono_quant_fx.tracer import trace

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch._ops import OpOverload, OpOverloadPacket
 
-from mono_quant_fx import allowed_calls, pure_writes
+from mono_quant_fx import allowed_calls
 from mono_quant_fx.allowed_aten import ATEN, ATEN_OVERLOADS_REFUSED
 from mono_quant_fx.checked_calls import CHECKED
 from mono_quant_fx.errors import GraphFormatError
+from mono_quant_fx.functionalization import pure_writes
 from mono_quant_fx.json_values import show
 from mono_quant_fx.ops.registry import NAMESPACE
 
@@ -31,7 +32,7 @@ _HOMES = MappingProxyType(
         "operator": operator,
         "math": math,
         "builtins": builtins,
-        "mono_quant_fx.pure_writes": pure_writes,
+        "mono_quant_fx.functionalization.pure_writes": pure_writes,
     }
 )
 _METHODS = frozenset((*allowed_calls.METHODS.split(), *allowed_calls.METHODS_IN_PLACE.split()))

@@ -7,9 +7,9 @@ from typing import Any
 from torch._ops import OpOverload
 
 from mono_quant_fx.errors import NotSelfContainedError
+from mono_quant_fx.functionalization.pure_writes import Method, Through
 from mono_quant_fx.graph_ops import function_name, function_of
 from mono_quant_fx.json_values import fields, need
-from mono_quant_fx.pure_writes import Method, Through
 
 #: Views that stay within their tensor and keep its type: `view` may take bytes for another one.
 _WORDS = "diagonal expand imag narrow permute real select slice transpose unflatten unfold unsqueeze"
@@ -17,7 +17,7 @@ VIEWS = frozenset(_WORDS.split())
 
 
 def through_to_json(module: Through) -> dict[str, Any]:
-    """A module of views.py as data.
+    """A module of functionalization/views.py as data.
 
     Raises:
         NotSelfContainedError: it writes into a view that load would refuse.

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from mono_quant_fx.capture_record import all_names
-from mono_quant_fx.functionalize import functionalize
+from mono_quant_fx.functionalization.functionalize import functionalize
 from mono_quant_fx.graph.own_names import plain_names
 from mono_quant_fx.graph.tensors import (
     attach,

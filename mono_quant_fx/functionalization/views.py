@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import fx
 
+from mono_quant_fx.functionalization.pure_writes import Method, Through, set_item, set_piece
 from mono_quant_fx.graph import tensors
 from mono_quant_fx.graph.calls import call_name, first_argument
 from mono_quant_fx.graph.effect_tables import words
 from mono_quant_fx.graph.free_names import free_name
-from mono_quant_fx.pure_writes import Method, Through, set_item, set_piece
 
 aten = torch.ops.aten
 

@@ -6,10 +6,10 @@ import torch
 from torch import fx
 
 from mono_quant_fx.errors import CaptureError
+from mono_quant_fx.functionalization.memory import Change, Root, Thing, pieces
+from mono_quant_fx.functionalization.views import again, put_back, put_back_piece
 from mono_quant_fx.graph.calls import first_argument
 from mono_quant_fx.graph.effects import is_pieces
-from mono_quant_fx.memory import Change, Root, Thing, pieces
-from mono_quant_fx.views import again, put_back, put_back_piece
 
 
 class Values:

@@ -12,6 +12,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from mono_quant_fx.errors import CaptureError
+from mono_quant_fx.functionalization.pure_writes import Method, OnCopies, set_item
 from mono_quant_fx.graph import tensors
 from mono_quant_fx.graph.calls import (
     augmented,
@@ -23,7 +24,6 @@ from mono_quant_fx.graph.calls import (
     place_of,
 )
 from mono_quant_fx.graph.free_names import free_name
-from mono_quant_fx.pure_writes import Method, OnCopies, set_item
 
 aten = torch.ops.aten
 

@@ -8,8 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from mono_quant_fx.current_values import Values
 from mono_quant_fx.errors import CaptureError
+from mono_quant_fx.functionalization.current_values import Values
+from mono_quant_fx.functionalization.inner_graphs import Result, enter, take
+from mono_quant_fx.functionalization.memory import Root, Thing
+from mono_quant_fx.functionalization.out_of_place import counterpart, on_copies, value_instead
+from mono_quant_fx.functionalization.value_types import needs_cast, value_types
 from mono_quant_fx.graph import tensors
 from mono_quant_fx.graph.calls import augmented, bodies, call_name
 from mono_quant_fx.graph.effect_tables import RESHAPERS
@@ -23,10 +27,6 @@ from mono_quant_fx.graph.effects import (
     shared,
     writes,
 )
-from mono_quant_fx.inner_graphs import Result, enter, take
-from mono_quant_fx.memory import Root, Thing
-from mono_quant_fx.out_of_place import counterpart, on_copies, value_instead
-from mono_quant_fx.value_types import needs_cast, value_types
 
 
 class Walk(Values):

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from torch import fx
 
+from mono_quant_fx.functionalization.lookups import renormalize_rows
+from mono_quant_fx.functionalization.write_walk import Walk
 from mono_quant_fx.graph import tensors
 from mono_quant_fx.graph.calls import bodies, call_name
 from mono_quant_fx.graph.effect_tables import RESHAPERS
 from mono_quant_fx.graph.effects import is_pieces, is_view, writes
 from mono_quant_fx.graph.state import own_state, share_memory
-from mono_quant_fx.lookups import renormalize_rows
-from mono_quant_fx.write_walk import Walk
 
 #: The key of gm.meta that holds the names of the inputs that the model writes.
 WRITTEN_INPUTS = "mono_quant_fx_written_inputs"

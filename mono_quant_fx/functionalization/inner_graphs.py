@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import fx
 
 from mono_quant_fx.errors import CaptureError
-from mono_quant_fx.memory import Thing
+from mono_quant_fx.functionalization.memory import Thing
 
 if TYPE_CHECKING:
-    from mono_quant_fx.write_walk import Walk
+    from mono_quant_fx.functionalization.write_walk import Walk
 
 
 class Result(NamedTuple):
