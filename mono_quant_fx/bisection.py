@@ -16,18 +16,18 @@ from typing import Any, NamedTuple
 from torch import Tensor, fx
 
 from mono_quant_fx.bisection_report import Bisection, BisectionStep, Suspect
-from mono_quant_fx.collection import collect, cut
-from mono_quant_fx.data import Batch, Prepare, leaves
 from mono_quant_fx.errors import CalibrationError, ConfigError, PreconditionError
+from mono_quant_fx.execution.batch import Batch, Prepare, leaves
+from mono_quant_fx.execution.collection import collect, cut
+from mono_quant_fx.execution.lockstep import Lockstep
+from mono_quant_fx.execution.noise import Noise
+from mono_quant_fx.execution.run import run_batch
 from mono_quant_fx.graph import tensors
 from mono_quant_fx.graph.effects import may_write
 from mono_quant_fx.graph.state import written
-from mono_quant_fx.lockstep import Lockstep
-from mono_quant_fx.noise import Noise
 from mono_quant_fx.numerics.error import ErrorSum
 from mono_quant_fx.pass_base import Pass, PassResult, Pipeline
 from mono_quant_fx.process.surroundings import in_plain_surroundings
-from mono_quant_fx.run import run_batch
 
 #: Every node that the pass changed has its own error carried to the output on a few samples, the costliest on all.
 FEW_SAMPLES, MOST_SUSPECTS = 4, 8

@@ -20,8 +20,8 @@ from mono_quant_fx.belongings import kept
 from mono_quant_fx.capture_checks import check_model
 from mono_quant_fx.capture_errors import explain_export, explain_failure
 from mono_quant_fx.capture_record import CaptureRecord, plain_batch, set_closed, set_record, tied_names
-from mono_quant_fx.data import Batch, to_batch
 from mono_quant_fx.errors import CaptureError, ConfigError
+from mono_quant_fx.execution.batch import Batch, to_batch
 from mono_quant_fx.export_ways import exported
 from mono_quant_fx.exporter import follow_inputs
 from mono_quant_fx.faithfulness import Expectation, check_faithful, expectation

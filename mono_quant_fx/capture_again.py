@@ -13,8 +13,8 @@ from mono_quant_fx.belongings import kept
 from mono_quant_fx.capture import attempt
 from mono_quant_fx.capture_checks import check_model
 from mono_quant_fx.capture_record import CaptureRecord, get_record, meta_batch, set_record
-from mono_quant_fx.data import Batch, to_batch
 from mono_quant_fx.errors import CaptureError, MonoQuantError
+from mono_quant_fx.execution.batch import Batch, to_batch
 from mono_quant_fx.exporter import export
 from mono_quant_fx.functionalization.functionalize import input_notes
 from mono_quant_fx.graph.tensors import attach, get_attribute, is_persistent, named_tensors

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from mono_quant_fx.data import Batch
 from mono_quant_fx.errors import FileFormatError
+from mono_quant_fx.execution.batch import Batch
 from mono_quant_fx.graph.own_names import plain_names, set_names
 from mono_quant_fx.graph.tensors import named_tensors
 

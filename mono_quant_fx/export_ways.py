@@ -12,7 +12,7 @@ from torch import fx, nn
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from mono_quant_fx.capture_errors import reason
-from mono_quant_fx.data import Batch
+from mono_quant_fx.execution.batch import Batch
 from mono_quant_fx.export_sizes import refusal, refused_batches, unequal
 from mono_quant_fx.exporter import export
 from mono_quant_fx.faithfulness import Expectation, Findings, check_faithful

@@ -11,8 +11,8 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from mono_quant_fx.capture_record import all_names
-from mono_quant_fx.data import Batch
 from mono_quant_fx.errors import CaptureError
+from mono_quant_fx.execution.batch import Batch
 from mono_quant_fx.graph.own_names import plain_names
 from mono_quant_fx.graph.tensors import attach, is_persistent, named_tensors
 from mono_quant_fx.randomness import nothing_else_drawn

@@ -13,8 +13,8 @@ from torch.overrides import TorchFunctionMode
 
 from mono_quant_fx.agreement import Tolerance, coarsest, difference, tolerance
 from mono_quant_fx.capture_errors import explain_own_failure, reason
-from mono_quant_fx.data import Batch, leaves
 from mono_quant_fx.errors import CaptureError
+from mono_quant_fx.execution.batch import Batch, leaves
 from mono_quant_fx.graph.tensors import isolate, named_tensors
 from mono_quant_fx.process.this_thread import unheard
 from mono_quant_fx.randomness import own_generators

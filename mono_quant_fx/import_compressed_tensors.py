@@ -16,8 +16,8 @@ from torch.utils import _pytree as pytree
 from mono_quant_fx.capture import capture
 from mono_quant_fx.capture_record import graph_names
 from mono_quant_fx.config import QuantConfig, QuantScheme
-from mono_quant_fx.data import to_batch
 from mono_quant_fx.errors import CheckpointError
+from mono_quant_fx.execution.batch import to_batch
 from mono_quant_fx.files.checkpoint_files import Checkpoint
 from mono_quant_fx.foreign_weights import Reader, StoredWeight, Wanted
 from mono_quant_fx.graph.annotation import annotated

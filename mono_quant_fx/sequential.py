@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, fx
 
 from mono_quant_fx import ops
-from mono_quant_fx.carry import Carry
-from mono_quant_fx.data import Batch
+from mono_quant_fx.execution.batch import Batch
+from mono_quant_fx.execution.carry import Carry
+from mono_quant_fx.execution.run import check_finite, node_error
 from mono_quant_fx.graph import tensors
 from mono_quant_fx.graph.annotation import QuantAnnotation, pending
 from mono_quant_fx.graph.arguments import argument
@@ -26,7 +27,6 @@ from mono_quant_fx.graph.weight_table import consumption
 from mono_quant_fx.layer_inputs import Hessian, layer_inputs, no_matrix
 from mono_quant_fx.numerics.rounding import Rounded
 from mono_quant_fx.observers import Observer
-from mono_quant_fx.run import check_finite, node_error
 
 #: (get_attr node, annotation, Hessian or None, why there is none) -> the rounded weight.
 RoundWeight = Callable[[fx.Node, QuantAnnotation, Tensor | None, str], Rounded]

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from mono_quant_fx.errors import ConfigError
+from mono_quant_fx.execution.run import Progress
 from mono_quant_fx.files.resumable_folder import PartialFolder
 from mono_quant_fx.files.writer import TensorWriter
-from mono_quant_fx.run import Progress
 from mono_quant_fx.shard_plan import Shard
 from mono_quant_fx.stream_job import Job
 from mono_quant_fx.weight_stream import WeightStream

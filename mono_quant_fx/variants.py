@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mono_quant_fx.data import Batch
+from mono_quant_fx.execution.batch import Batch
 
 #: In which respects a second input can differ from the example. A batch of one is a case of its own: sizes of 1 are
 #: broadcast and squeezed.

@@ -13,18 +13,18 @@ import torch
 from torch import Tensor, fx, nn
 
 from mono_quant_fx import ops
-from mono_quant_fx.carry import Carry
-from mono_quant_fx.collection import collect
-from mono_quant_fx.data import Batch, Prepare
+from mono_quant_fx.execution.batch import Batch, Prepare
+from mono_quant_fx.execution.carry import Carry
+from mono_quant_fx.execution.collection import collect
+from mono_quant_fx.execution.noise import alike
+from mono_quant_fx.execution.run import Progress, check_finite
 from mono_quant_fx.graph import tensors
 from mono_quant_fx.graph.annotation import QuantAnnotation, WeightUser, annotated, part_names, pending, set_annotation
 from mono_quant_fx.graph.arguments import argument
 from mono_quant_fx.graph.biases import add_bias, bias_at, bias_name
 from mono_quant_fx.graph.codes import codes_of, restore
 from mono_quant_fx.graph.weight_ops import is_assertion, matrix_shape
-from mono_quant_fx.noise import alike
 from mono_quant_fx.pass_base import Pass
-from mono_quant_fx.run import Progress, check_finite
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor, fx
 
-from mono_quant_fx.collection import collect
-from mono_quant_fx.data import Batch, Prepare
 from mono_quant_fx.errors import WeightError
+from mono_quant_fx.execution.batch import Batch, Prepare
+from mono_quant_fx.execution.collection import collect
+from mono_quant_fx.execution.run import Progress, run_batch
 from mono_quant_fx.graph import tensors
 from mono_quant_fx.graph.annotation import ObservedInput, QuantAnnotation, annotated, pending, set_annotation
 from mono_quant_fx.graph.arguments import argument
@@ -19,7 +20,6 @@ from mono_quant_fx.graph.weight_table import consumption
 from mono_quant_fx.numerics.rounding import Rounded, RoundingOptions, round_weight
 from mono_quant_fx.observers import Observer
 from mono_quant_fx.pass_base import Pass
-from mono_quant_fx.run import Progress, run_batch
 from mono_quant_fx.sequential import SequentialWalk
 
 #: The reason for an input that got no values, such as an expert's without tokens.

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import mono_quant_fx as mq
-from mono_quant_fx import lockstep
-from mono_quant_fx.data import Batch
+from mono_quant_fx.execution import lockstep
+from mono_quant_fx.execution.batch import Batch
 from tests.models import MLP, ConvNet, Reused, TiedLM
 
 CONFIG = mq.QuantConfig(group_size=32, skip_param_threshold=0)

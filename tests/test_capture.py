@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 import mono_quant_fx as mq
-from mono_quant_fx.data import leaves
+from mono_quant_fx.execution.batch import leaves
 from tests.capture_models import CASES, Attention, Branches, KeywordOnly, OneLinear, Random, r
 from tests.harness import Snapshot
 from tests.models import MLP, ConvNet, Reused, TiedLM

@@ -10,9 +10,9 @@ from torch import fx, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import mono_quant_fx as mq
-from mono_quant_fx.collection import collect
-from mono_quant_fx.data import Batch, leaves, to_batch
-from mono_quant_fx.run import run_batch
+from mono_quant_fx.execution.batch import Batch, leaves, to_batch
+from mono_quant_fx.execution.collection import collect
+from mono_quant_fx.execution.run import run_batch
 from tests.capture_models import OneLinear, Out, r
 from tests.models import MLP
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import mono_quant_fx as mq
-from mono_quant_fx.data import Batch
+from mono_quant_fx.execution.batch import Batch
 
 pytestmark = pytest.mark.filterwarnings("ignore:capture. the model fixes")
 METHODS = pytest.mark.parametrize("method", ["symbolic", "export"])
@@ -47,10 +47,10 @@ TWICE = {
 def test_a_tensor_given_for_two_inputs_stays_two_inputs(method, name):
     """The export dropped the first input and ignored it for ever: 6 dB on (x, y)."""
     kind, example, fresh = TWICE[name]
-    model, batch = kind().eval(), mq.data.to_batch(fresh)
+    model, batch = kind().eval(), mq.execution.batch.to_batch(fresh)
     gm = mq.capture(model, example, method=method)
     with torch.no_grad():
-        (actual,) = mq.data.leaves(mq.run.run_batch(gm, batch))
+        (actual,) = mq.execution.batch.leaves(mq.execution.run.run_batch(gm, batch))
         torch.testing.assert_close(actual, model(*batch.args, **batch.kwargs))
 
 

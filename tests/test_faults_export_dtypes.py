@@ -40,7 +40,7 @@ def test_transformers_in_half_precision_are_captured(way, dtype):
     assert result.info.quantized_layers
     args, kwargs = ((), example) if isinstance(example, dict) else (example, {})
     kept = ~example["src_key_padding_mask"] if isinstance(example, dict) else ...
-    expected, actual = (mq.data.leaves(m(*args, **kwargs))[0] for m in (model, result.graph_module))
+    expected, actual = (mq.execution.batch.leaves(m(*args, **kwargs))[0] for m in (model, result.graph_module))
     assert actual.dtype == dtype and mq.sqnr_db(expected[kept], actual[kept]) > 25
 
 

@@ -393,6 +393,6 @@ def test_the_model_runs_as_it_is_and_its_parameters_stay():
     """The one run of the model itself lets it write, and takes back what it wrote into parameters."""
     model = nn.Embedding(6, 4, max_norm=0.1)
     before = model.weight.detach().clone()
-    (output,) = expectation(model.eval(), mq.data.to_batch(torch.arange(3))).first
+    (output,) = expectation(model.eval(), mq.execution.batch.to_batch(torch.arange(3))).first
     assert output.norm(dim=1).max() < 0.11
     assert torch.equal(model.weight, before)

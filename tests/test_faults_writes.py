@@ -6,12 +6,12 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 import mono_quant_fx as mq
-from mono_quant_fx.carry import Carry
-from mono_quant_fx.data import to_batch
+from mono_quant_fx.execution.batch import to_batch
+from mono_quant_fx.execution.carry import Carry
+from mono_quant_fx.execution.lockstep import Lockstep
+from mono_quant_fx.execution.run import run_batch
 from mono_quant_fx.graph.effects import may_write
 from mono_quant_fx.graph.state import written
-from mono_quant_fx.lockstep import Lockstep
-from mono_quant_fx.run import run_batch
 
 METHODS = ("symbolic", "export")
 pytestmark = pytest.mark.filterwarnings("ignore:capture", "ignore:Few calibration samples")

@@ -3,8 +3,8 @@ import torch
 from torch import nn
 
 import mono_quant_fx as mq
-from mono_quant_fx.carry import Carry
-from mono_quant_fx.data import to_batch
+from mono_quant_fx.execution.batch import to_batch
+from mono_quant_fx.execution.carry import Carry
 from mono_quant_fx.graph import tensors
 from mono_quant_fx.graph.annotation import annotated
 from mono_quant_fx.numerics.rounding import RoundingOptions, round_weight

@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import mono_quant_fx as mq
-from mono_quant_fx.carry import Carry
-from mono_quant_fx.collection import collect
+from mono_quant_fx.execution.carry import Carry
+from mono_quant_fx.execution.collection import collect
+from mono_quant_fx.execution.run import run_batch
 from mono_quant_fx.graph import tensors
 from mono_quant_fx.graph.state import written
-from mono_quant_fx.run import run_batch
 from tests.harness import Snapshot
 
 METHODS = ("symbolic", "export")

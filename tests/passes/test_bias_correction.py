@@ -6,10 +6,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import mono_quant_fx as mq
-from mono_quant_fx.data import to_batch
+from mono_quant_fx.execution.batch import to_batch
+from mono_quant_fx.execution.run import run_batch
 from mono_quant_fx.graph import tensors
 from mono_quant_fx.graph.annotation import annotated
-from mono_quant_fx.run import run_batch
 from tests.harness import Snapshot, check_pass
 from tests.models import MLP, ConvNet, Reused, TiedLM
 

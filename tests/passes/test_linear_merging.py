@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import mono_quant_fx as mq
-from mono_quant_fx import lockstep, ops
+from mono_quant_fx import ops
+from mono_quant_fx.execution import lockstep
 from mono_quant_fx.graph import tensors
 from mono_quant_fx.graph.annotation import annotated, stored_weight
 from mono_quant_fx.ops import native

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from mono_quant_fx.data import Batch, Prepare, leaves, to_batch
 from mono_quant_fx.errors import CalibrationError
+from mono_quant_fx.execution.batch import Batch, Prepare, leaves, to_batch
+from mono_quant_fx.execution.run import run_batch
 from mono_quant_fx.graph import tensors
-from mono_quant_fx.run import run_batch
 
 UNLIMITED = 1 << 62
 #: Rows of each part that is run to see whether dim 0 is the batch's.

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from mono_quant_fx.data import Batch, private
 from mono_quant_fx.errors import CalibrationError, MonoQuantError
+from mono_quant_fx.execution.batch import Batch, private
 from mono_quant_fx.graph.effects import written_inputs
 from mono_quant_fx.graph.tensors import get_attribute, op_name
 

@@ -10,8 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
-from mono_quant_fx.data import Batch
 from mono_quant_fx.errors import CalibrationError, WeightError
+from mono_quant_fx.execution.batch import Batch
 from mono_quant_fx.graph.tensors import named_tensors
 from mono_quant_fx.ops.operands import has_memory
 

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from mono_quant_fx.data import Batch
+from mono_quant_fx.execution.batch import Batch
+from mono_quant_fx.execution.noise import Noise
+from mono_quant_fx.execution.run import execute, inputs_of
 from mono_quant_fx.graph.state import written
 from mono_quant_fx.graph.tensors import constant_nodes, get_tensor
-from mono_quant_fx.noise import Noise
-from mono_quant_fx.run import execute, inputs_of
 
 Visit = Callable[[fx.Node, Any, Any, Any], None]
 

@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from mono_quant_fx.data import Batch
+from mono_quant_fx.execution.batch import Batch
+from mono_quant_fx.execution.run import execute, inputs_of
 from mono_quant_fx.graph import tensors
 from mono_quant_fx.graph.state import written
-from mono_quant_fx.run import execute, inputs_of
 
 
 class Carry:
