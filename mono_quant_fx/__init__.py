@@ -4,7 +4,6 @@ from mono_quant_fx import passes
 from mono_quant_fx.accuracy import measure_accuracy
 from mono_quant_fx.bisection import bisect
 from mono_quant_fx.bisection_report import Bisection, BisectionStep, Suspect
-from mono_quant_fx.capture import capture
 from mono_quant_fx.compile_backend import CompileBackend, compile_backend
 from mono_quant_fx.compile_report import CompiledGraph, CompileReport
 from mono_quant_fx.compiler import quantize
@@ -36,6 +35,7 @@ from mono_quant_fx.explain import explain
 from mono_quant_fx.explanation import Chapter, Explanation
 from mono_quant_fx.export_compressed_tensors import export_compressed_tensors
 from mono_quant_fx.findings import AccuracyWarning, check_accuracy_warnings
+from mono_quant_fx.frontend.capture import capture
 from mono_quant_fx.graph.provenance import Step, history
 from mono_quant_fx.graph.text import diff_graphs, format_graph
 from mono_quant_fx.import_compressed_tensors import import_compressed_tensors

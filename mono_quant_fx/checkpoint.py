@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from mono_quant_fx.capture_record import graph_names
 from mono_quant_fx.errors import PlanError
 from mono_quant_fx.files.folder import TensorFolder, Tensors
 from mono_quant_fx.files.wrapped_names import align, few
+from mono_quant_fx.frontend.record import graph_names
 from mono_quant_fx.graph.tensors import is_persistent, named_tensors
 from mono_quant_fx.saving import digest
 

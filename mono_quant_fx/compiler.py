@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 from torch import fx, nn
 
 from mono_quant_fx.accuracy import measure_accuracy
-from mono_quant_fx.capture import captured
 from mono_quant_fx.config import QuantConfig
 from mono_quant_fx.coverage import coverage_notes
 from mono_quant_fx.errors import PreconditionError
@@ -19,6 +18,7 @@ from mono_quant_fx.execution.batch import Prepare
 from mono_quant_fx.execution.collection import UNLIMITED, Reading, read
 from mono_quant_fx.execution.values import require_inputs, require_values
 from mono_quant_fx.findings import AccuracyWarning, check_accuracy_warnings
+from mono_quant_fx.frontend.capture import captured
 from mono_quant_fx.graph.annotation import annotated
 from mono_quant_fx.held_out import Split, split
 from mono_quant_fx.info import info_of

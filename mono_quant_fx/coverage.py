@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx, nn
 
-from mono_quant_fx.capture_record import closed_because
+from mono_quant_fx.frontend.record import closed_because
 from mono_quant_fx.graph.storage_bytes import stored_bytes
 from mono_quant_fx.graph.tensors import named_tensors
 from mono_quant_fx.graph.ways_out import way_out

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from mono_quant_fx.capture import captured
-from mono_quant_fx.capture_record import get_record
 from mono_quant_fx.errors import CaptureError
 from mono_quant_fx.execution.batch import Prepare, to_batch
+from mono_quant_fx.frontend.capture import captured
+from mono_quant_fx.frontend.record import get_record
 from mono_quant_fx.graph.tensors import need_graph
 
 

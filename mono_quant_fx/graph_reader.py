@@ -11,6 +11,7 @@ from torch.fx.graph import CodeGen, _PyTreeCodeGen, _PyTreeInfo
 
 from mono_quant_fx.call_checks import check_call, check_method
 from mono_quant_fx.errors import GraphFormatError
+from mono_quant_fx.frontend.guards import GuardsFn
 from mono_quant_fx.graph.annotation import QuantAnnotation, set_annotation
 from mono_quant_fx.graph.own_names import is_name
 from mono_quant_fx.graph.provenance import Step
@@ -18,7 +19,6 @@ from mono_quant_fx.graph.tensors import HISTORY, attach, get_attribute, named_te
 from mono_quant_fx.graph_names import RESERVED, above, check_path, targets_of
 from mono_quant_fx.graph_ops import function_of
 from mono_quant_fx.graph_writer import FORMAT, VERSION
-from mono_quant_fx.guards import GuardsFn
 from mono_quant_fx.json_values import fields, items, need, record_from_json, show, value_from_json, within
 from mono_quant_fx.leaf_modules import leaf_from_json
 from mono_quant_fx.stored_writes import through_from_json

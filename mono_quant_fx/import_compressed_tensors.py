@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from mono_quant_fx.capture import capture
-from mono_quant_fx.capture_record import graph_names
 from mono_quant_fx.config import QuantConfig, QuantScheme
 from mono_quant_fx.errors import CheckpointError
 from mono_quant_fx.execution.batch import to_batch
 from mono_quant_fx.files.checkpoint_files import Checkpoint
 from mono_quant_fx.foreign_weights import Reader, StoredWeight, Wanted
+from mono_quant_fx.frontend.capture import capture
+from mono_quant_fx.frontend.record import graph_names
 from mono_quant_fx.graph.annotation import annotated
 from mono_quant_fx.graph.tensors import attach, clone, get_attribute, is_persistent, named_tensors
 from mono_quant_fx.graph.weight_ops import find_weights, matrix_shape

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from mono_quant_fx.capture import capture
-from mono_quant_fx.capture_again import capture_again
-from mono_quant_fx.capture_record import CaptureRecord, set_record
 from mono_quant_fx.config import QuantConfig
 from mono_quant_fx.errors import FileFormatError, PlanError
 from mono_quant_fx.files.folder import Tensors, open_tensors
 from mono_quant_fx.files.json_records import from_plain
+from mono_quant_fx.frontend.capture import capture
+from mono_quant_fx.frontend.recapture import capture_again
+from mono_quant_fx.frontend.record import CaptureRecord, set_record
 from mono_quant_fx.graph import tensors as graph
 from mono_quant_fx.graph.annotation import QuantAnnotation
 from mono_quant_fx.graph.merging import merged_pieces

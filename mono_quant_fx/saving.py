@@ -27,10 +27,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
-from mono_quant_fx.capture_record import get_record
 from mono_quant_fx.config import QuantConfig
 from mono_quant_fx.files.json_records import to_plain
 from mono_quant_fx.files.reader import TensorWriter
+from mono_quant_fx.frontend.record import get_record
 from mono_quant_fx.graph.annotation import annotated
 from mono_quant_fx.graph.merging import merged_pieces
 from mono_quant_fx.graph.tensors import named_tensors

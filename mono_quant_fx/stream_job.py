@@ -12,7 +12,6 @@ from typing import Any
 from torch import fx, nn
 
 from mono_quant_fx.accuracy import weights_table
-from mono_quant_fx.capture_again import capture_without_values
 from mono_quant_fx.checkpoint import Checkpoint, match
 from mono_quant_fx.config import QuantConfig
 from mono_quant_fx.coverage import coverage_notes
@@ -21,6 +20,7 @@ from mono_quant_fx.files.folder import open_tensors
 from mono_quant_fx.files.header import layout
 from mono_quant_fx.files.json_records import to_plain
 from mono_quant_fx.findings import check_accuracy_warnings
+from mono_quant_fx.frontend.recapture import capture_without_values
 from mono_quant_fx.graph.annotation import pending
 from mono_quant_fx.graph.codes import hollow_codes
 from mono_quant_fx.info import QuantizationInfo, info_of

@@ -8,9 +8,9 @@ from typing import ClassVar
 
 from torch import fx, nn
 
-from mono_quant_fx.capture_record import closed_because
 from mono_quant_fx.config import QuantConfig
 from mono_quant_fx.errors import NothingQuantizedError
+from mono_quant_fx.frontend.record import closed_because
 from mono_quant_fx.graph import tensors
 from mono_quant_fx.graph.annotation import QuantAnnotation, WeightUser, annotated, set_annotation, users_of
 from mono_quant_fx.graph.calls import inside

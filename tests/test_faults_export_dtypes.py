@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import mono_quant_fx as mq
-from mono_quant_fx.agreement import COARSE, FINE, HALF, difference
+from mono_quant_fx.frontend.agreement import COARSE, FINE, HALF, difference
 from mono_quant_fx.numerics import error
 from tests.capture_models import OneLinear
 

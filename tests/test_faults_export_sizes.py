@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import mono_quant_fx as mq
-from mono_quant_fx import export_ways, stopwatch
-from mono_quant_fx.capture_record import get_record
+from mono_quant_fx.frontend import export_ways, stopwatch
+from mono_quant_fx.frontend.record import get_record
 from tests.capture_models import OneLinear, r
 
 

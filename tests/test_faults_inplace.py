@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import mono_quant_fx as mq
-from mono_quant_fx.faithfulness import expectation
+from mono_quant_fx.frontend.faithfulness import expectation
 from mono_quant_fx.graph.effects import may_write
 
 METHODS = ("symbolic", "export")

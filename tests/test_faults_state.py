@@ -11,8 +11,8 @@ from torch._higher_order_ops import while_loop
 from torch._higher_order_ops.map import map as map_over
 
 import mono_quant_fx as mq
-from mono_quant_fx.capture_again import capture_again
-from mono_quant_fx.capture_record import get_record
+from mono_quant_fx.frontend.recapture import capture_again
+from mono_quant_fx.frontend.record import get_record
 from tests.test_faults_writes import METHODS, Base, check_untouched, quantized, tensors_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:capture", "ignore:Few calibration samples")

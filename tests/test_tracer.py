@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import mono_quant_fx as mq
+from mono_quant_fx.frontend.symbolic import open_modules, trace
+from mono_quant_fx.frontend.tracer import required_inputs
 from mono_quant_fx.graph import tensors
-from mono_quant_fx.quant_tracer import required_inputs
-from mono_quant_fx.tracer import open_modules, trace
 from tests.harness import Snapshot, assert_graph
 from tests.models import TiedLM
 

@@ -66,7 +66,7 @@ def need_graph(value: Any, caller: str) -> fx.GraphModule:
 def isolate(module: nn.Module) -> nn.Module:
     """A deep copy that shares parameters and stored codes, with buffers of its own: running it leaves no trace.
 
-    A parameter that a captured graph writes is its own as well; for one that a model writes see untouched.py.
+    A parameter that a captured graph writes is its own as well; for one that a model writes see frontend/untouched.py.
     """
     own = module.meta.get(STATE, ()) if isinstance(module, fx.GraphModule) else ()
     shared: list[Tensor] = [p for name, p in module.named_parameters(remove_duplicate=False) if name not in own]

@@ -16,22 +16,22 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from mono_quant_fx.belongings import kept
-from mono_quant_fx.capture_checks import check_model
-from mono_quant_fx.capture_errors import explain_export, explain_failure
-from mono_quant_fx.capture_record import CaptureRecord, plain_batch, set_closed, set_record, tied_names
 from mono_quant_fx.errors import CaptureError, ConfigError
 from mono_quant_fx.execution.batch import Batch, to_batch
-from mono_quant_fx.export_ways import exported
-from mono_quant_fx.exporter import follow_inputs
-from mono_quant_fx.faithfulness import Expectation, check_faithful, expectation
+from mono_quant_fx.frontend.belongings import kept
+from mono_quant_fx.frontend.export import follow_inputs
+from mono_quant_fx.frontend.export_ways import exported
+from mono_quant_fx.frontend.failures import explain_export, explain_failure
+from mono_quant_fx.frontend.faithfulness import Expectation, check_faithful, expectation
+from mono_quant_fx.frontend.preconditions import check_model
+from mono_quant_fx.frontend.randomness import own_generators
+from mono_quant_fx.frontend.record import CaptureRecord, plain_batch, set_closed, set_record, tied_names
+from mono_quant_fx.frontend.symbolic import open_modules, trace
+from mono_quant_fx.frontend.tracing_lock import tracing
+from mono_quant_fx.frontend.twins import global_hooks, own_hooks, without_global_hooks
 from mono_quant_fx.functionalization.functionalize import input_notes
 from mono_quant_fx.graph.weight_ops import find_weights, hidden_weights
 from mono_quant_fx.process.surroundings import plain
-from mono_quant_fx.randomness import own_generators
-from mono_quant_fx.tracer import open_modules, trace
-from mono_quant_fx.tracing_lock import tracing
-from mono_quant_fx.twins import global_hooks, own_hooks, without_global_hooks
 
 METHODS = ("auto", "symbolic", "export")
 

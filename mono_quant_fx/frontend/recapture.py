@@ -9,18 +9,18 @@ from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from mono_quant_fx.belongings import kept
-from mono_quant_fx.capture import attempt
-from mono_quant_fx.capture_checks import check_model
-from mono_quant_fx.capture_record import CaptureRecord, get_record, meta_batch, set_record
 from mono_quant_fx.errors import CaptureError, MonoQuantError
 from mono_quant_fx.execution.batch import Batch, to_batch
-from mono_quant_fx.exporter import export
+from mono_quant_fx.frontend.belongings import kept
+from mono_quant_fx.frontend.capture import attempt
+from mono_quant_fx.frontend.export import export
+from mono_quant_fx.frontend.preconditions import check_model
+from mono_quant_fx.frontend.record import CaptureRecord, get_record, meta_batch, set_record
+from mono_quant_fx.frontend.symbolic import trace
+from mono_quant_fx.frontend.twins import twin, without_global_hooks
 from mono_quant_fx.functionalization.functionalize import input_notes
 from mono_quant_fx.graph.tensors import attach, get_attribute, is_persistent, named_tensors
 from mono_quant_fx.process.surroundings import plain
-from mono_quant_fx.tracer import trace
-from mono_quant_fx.twins import twin, without_global_hooks
 
 
 def capture_without_values(model: nn.Module, example_inputs: Any = None) -> tuple[fx.GraphModule, list[str]]:

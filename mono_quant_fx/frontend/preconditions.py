@@ -8,11 +8,11 @@ import torch
 from torch import fx, nn
 from torch.fx.graph import _PyTreeCodeGen
 
-from mono_quant_fx.capture_record import get_record
 from mono_quant_fx.errors import CaptureError
-from mono_quant_fx.exporter import check_exported_mode
+from mono_quant_fx.frontend.export import check_exported_mode
+from mono_quant_fx.frontend.record import get_record
+from mono_quant_fx.frontend.twins import unwrapped
 from mono_quant_fx.graph import tensors
-from mono_quant_fx.twins import unwrapped
 
 
 def check_model(model: Any) -> nn.Module:

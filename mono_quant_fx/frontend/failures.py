@@ -7,11 +7,12 @@ import linecache
 import os
 import sysconfig
 import traceback
+from pathlib import Path
 
 import torch
 from torch import nn
 
-_OWN = os.path.dirname(os.path.abspath(__file__))
+_OWN = str(Path(__file__).resolve().parents[1])
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__))
 _LAYERS = os.path.join(_TORCH, "nn", "modules", "")
 _STDLIB = sysconfig.get_paths()["stdlib"]

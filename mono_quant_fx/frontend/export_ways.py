@@ -11,13 +11,13 @@ from typing import Any
 from torch import fx, nn
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-from mono_quant_fx.capture_errors import reason
 from mono_quant_fx.execution.batch import Batch
-from mono_quant_fx.export_sizes import refusal, refused_batches, unequal
-from mono_quant_fx.exporter import export
-from mono_quant_fx.faithfulness import Expectation, Findings, check_faithful
-from mono_quant_fx.stopwatch import OverBudgetError
-from mono_quant_fx.variants import with_samples
+from mono_quant_fx.frontend.export import export
+from mono_quant_fx.frontend.export_sizes import refusal, refused_batches, unequal
+from mono_quant_fx.frontend.failures import reason
+from mono_quant_fx.frontend.faithfulness import Expectation, Findings, check_faithful
+from mono_quant_fx.frontend.stopwatch import OverBudgetError
+from mono_quant_fx.frontend.variants import with_samples
 
 #: Seconds of processor time for exports with every size dynamic; after that only the batch is.
 BUDGET_SECONDS = 20.0

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from torch import Tensor, fx
 
 from mono_quant_fx.execution.batch import Batch
+from mono_quant_fx.frontend.guards import is_guards
+from mono_quant_fx.frontend.variants import other_length, resized, with_samples
 from mono_quant_fx.graph.tensors import get_attribute
-from mono_quant_fx.guards import is_guards
-from mono_quant_fx.variants import other_length, resized, with_samples
 
 
 def refusal(gm: fx.GraphModule, batch: Batch) -> str | None:

@@ -12,10 +12,10 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from mono_quant_fx.errors import CaptureError
+from mono_quant_fx.frontend.regions import Regions
+from mono_quant_fx.frontend.writable_proxy import WritableProxy
 from mono_quant_fx.graph import tensors
 from mono_quant_fx.graph.weight_table import WEIGHT_MODULES
-from mono_quant_fx.regions import Regions
-from mono_quant_fx.writable_proxy import WritableProxy
 
 
 class TensorProxy(WritableProxy):

@@ -10,17 +10,17 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
-from mono_quant_fx.capture_record import all_names
 from mono_quant_fx.errors import CaptureError
 from mono_quant_fx.execution.batch import Batch
+from mono_quant_fx.frontend.randomness import nothing_else_drawn
+from mono_quant_fx.frontend.record import all_names
+from mono_quant_fx.frontend.regions import open_regions
+from mono_quant_fx.frontend.stopwatch import Stopwatch
+from mono_quant_fx.frontend.symbolic import normalize
+from mono_quant_fx.frontend.tracing_lock import exporting
+from mono_quant_fx.frontend.twins import twin
 from mono_quant_fx.graph.own_names import plain_names
 from mono_quant_fx.graph.tensors import attach, is_persistent, named_tensors
-from mono_quant_fx.randomness import nothing_else_drawn
-from mono_quant_fx.regions import open_regions
-from mono_quant_fx.stopwatch import Stopwatch
-from mono_quant_fx.tracer import normalize
-from mono_quant_fx.tracing_lock import exporting
-from mono_quant_fx.twins import twin
 
 
 def export(

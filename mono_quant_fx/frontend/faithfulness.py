@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from mono_quant_fx.agreement import Tolerance, coarsest, difference, tolerance
-from mono_quant_fx.capture_errors import explain_own_failure, reason
 from mono_quant_fx.errors import CaptureError
 from mono_quant_fx.execution.batch import Batch, leaves
+from mono_quant_fx.frontend.agreement import Tolerance, coarsest, difference, tolerance
+from mono_quant_fx.frontend.failures import explain_own_failure, reason
+from mono_quant_fx.frontend.randomness import own_generators
+from mono_quant_fx.frontend.rebinding import check_read, plain_tensors
+from mono_quant_fx.frontend.untouched import untouched
+from mono_quant_fx.frontend.variants import Variant, variants
 from mono_quant_fx.graph.tensors import isolate, named_tensors
 from mono_quant_fx.process.this_thread import unheard
-from mono_quant_fx.randomness import own_generators
-from mono_quant_fx.rebinding import check_read, plain_tensors
-from mono_quant_fx.untouched import untouched
-from mono_quant_fx.variants import Variant, variants
 
 #: What random numbers begin with: none that a model would seed itself with, so that its own seeding shows.
 _SEED = 0x6D71F75E

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from mono_quant_fx.capture_record import all_names
+from mono_quant_fx.frontend.randomness import NOT_TORCHS, Draws, FrozenRandomnessError, OtherDraws, own_generators
+from mono_quant_fx.frontend.rebinding import check_traced
+from mono_quant_fx.frontend.record import all_names
+from mono_quant_fx.frontend.regions import open_regions
+from mono_quant_fx.frontend.tracer import QuantTracer
+from mono_quant_fx.frontend.tracing_lock import tracing
+from mono_quant_fx.frontend.twins import twin
 from mono_quant_fx.functionalization.functionalize import functionalize
 from mono_quant_fx.graph.own_names import plain_names
 from mono_quant_fx.graph.tensors import (
@@ -23,12 +29,6 @@ from mono_quant_fx.graph.tensors import (
 )
 from mono_quant_fx.graph.weight_ops import is_assertion
 from mono_quant_fx.graph.weight_table import WEIGHT_MODULES
-from mono_quant_fx.quant_tracer import QuantTracer
-from mono_quant_fx.randomness import NOT_TORCHS, Draws, FrozenRandomnessError, OtherDraws, own_generators
-from mono_quant_fx.rebinding import check_traced
-from mono_quant_fx.regions import open_regions
-from mono_quant_fx.tracing_lock import tracing
-from mono_quant_fx.twins import twin
 
 
 def trace(model: nn.Module, inputs: list[str] | None = None, positional: int | None = None) -> fx.GraphModule:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from mono_quant_fx.belongings import GLOBAL_HOOKS
 from mono_quant_fx.errors import CaptureError
+from mono_quant_fx.frontend.belongings import GLOBAL_HOOKS
 from mono_quant_fx.graph import tensors
 from mono_quant_fx.graph.copying import copied
 from mono_quant_fx.process.this_thread import ThisThread
