@@ -4,6 +4,16 @@ from mono_quant_fx import passes
 from mono_quant_fx.accuracy import measure_accuracy
 from mono_quant_fx.bisection import bisect
 from mono_quant_fx.bisection_report import Bisection, BisectionStep, Suspect
+from mono_quant_fx.calibration.auto_observer import ExperimentalWarning, select_observer
+from mono_quant_fx.calibration.observers import (
+    HistogramObserver,
+    InputEnergyObserver,
+    MinMaxObserver,
+    MovingAverageMinMaxObserver,
+    Observer,
+    PercentileObserver,
+    create_observer,
+)
 from mono_quant_fx.compile_backend import CompileBackend, compile_backend
 from mono_quant_fx.compile_report import CompiledGraph, CompileReport
 from mono_quant_fx.compiler import quantize
@@ -43,22 +53,12 @@ from mono_quant_fx.info import QuantizationInfo
 from mono_quant_fx.loading import load
 from mono_quant_fx.numerics.affine import QuantizedWeight, quantize_weight_int4
 from mono_quant_fx.numerics.error import max_abs_error, relative_error, sqnr_db
-from mono_quant_fx.observers import (
-    HistogramObserver,
-    InputEnergyObserver,
-    MinMaxObserver,
-    MovingAverageMinMaxObserver,
-    Observer,
-    PercentileObserver,
-    create_observer,
-)
 from mono_quant_fx.ops.linear_module import QuantizedLinearInt4
 from mono_quant_fx.ops.native import Kernels, kernels
 from mono_quant_fx.pass_base import Pass, PassResult, Pipeline
 from mono_quant_fx.pass_html import PassChange
 from mono_quant_fx.pipelines import default_pipeline
 from mono_quant_fx.result import QuantizationResult, save
-from mono_quant_fx.select_observer import ExperimentalWarning, select_observer
 from mono_quant_fx.streaming import CheckpointReport, quantize_checkpoint
 from mono_quant_fx.table import AccuracyTable
 from mono_quant_fx.table_row import AccuracyRow

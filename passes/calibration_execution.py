@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, fx
 
+from mono_quant_fx.calibration.observers import Observer
+from mono_quant_fx.calibration.sequential_rounding import SequentialWalk
 from mono_quant_fx.errors import WeightError
 from mono_quant_fx.execution.batch import Batch, Prepare
 from mono_quant_fx.execution.collection import collect
@@ -18,9 +20,7 @@ from mono_quant_fx.graph.arguments import argument
 from mono_quant_fx.graph.weight_ops import to_matrix
 from mono_quant_fx.graph.weight_table import consumption
 from mono_quant_fx.numerics.rounding import Rounded, RoundingOptions, round_weight
-from mono_quant_fx.observers import Observer
 from mono_quant_fx.pass_base import Pass
-from mono_quant_fx.sequential import SequentialWalk
 
 #: The reason for an input that got no values, such as an expert's without tokens.
 UNSEEN = "no calibration data reached this input"
@@ -30,7 +30,7 @@ UNSEEN = "no calibration data reached this input"
 class CalibrationExecution(Pass):
     """Feeds the first `num_calibration_samples` of `batches` through the graph, without gradients.
 
-    With algorithm "clip" or "gptq" it also rounds each weight on the way (see sequential.py): what comes after a weight
+    With algorithm "clip" or "gptq" it also rounds each weight on the way (see calibration/sequential_rounding.py): what comes after a weight
     sees the rounded one. Nothing is replaced here; codes and statistics go to the annotations.
 
     Raises:

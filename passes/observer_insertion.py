@@ -7,12 +7,12 @@ from typing import Any, ClassVar
 
 from torch import fx
 
+from mono_quant_fx.calibration.observers import Observer, create_observer
 from mono_quant_fx.graph import tensors
 from mono_quant_fx.graph.annotation import annotated, pending, plain_inputs
 from mono_quant_fx.graph.arguments import Arg, set_argument
 from mono_quant_fx.graph.free_names import free_name
 from mono_quant_fx.graph.weight_table import consumption
-from mono_quant_fx.observers import Observer, create_observer
 from mono_quant_fx.pass_base import Pass
 
 PREFIX = "observer_of_"

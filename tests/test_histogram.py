@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mono_quant_fx as mq
-from mono_quant_fx.kl_divergence import TIE, kl_bounds
+from mono_quant_fx.calibration.kl_divergence import TIE, kl_bounds
 
 #: Divergences of the vectorized search and of plain Python differ by rounding; far below TIE.
 DIVERGENCE_ATOL = 1e-11

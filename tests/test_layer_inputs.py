@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 import mono_quant_fx as mq
+from mono_quant_fx.calibration.layer_inputs import Hessian, layer_inputs
 from mono_quant_fx.graph.weight_ops import find_weights, to_matrix
 from mono_quant_fx.graph.weight_table import consumption
-from mono_quant_fx.layer_inputs import Hessian, layer_inputs
 
 #: One product in float32, summed in another order.
 PRODUCT = 1e-5

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mono_quant_fx as mq
+from mono_quant_fx.calibration.observers import Observer
 from mono_quant_fx.numerics.affine import code_range
-from mono_quant_fx.observers import Observer
 
 #: A range end may lie this much (relative) outside the reach of the codes: rounding of the scale.
 COVER_RTOL = 1e-6

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import mono_quant_fx as mq
-from mono_quant_fx.histogram import HistogramObserver
-from mono_quant_fx.select_observer import ExperimentalWarning, select_observer
+from mono_quant_fx.calibration.auto_observer import ExperimentalWarning, select_observer
+from mono_quant_fx.calibration.histogram import HistogramObserver
 
-quiet = pytest.mark.filterwarnings("ignore::mono_quant_fx.select_observer.ExperimentalWarning")
+quiet = pytest.mark.filterwarnings("ignore::mono_quant_fx.calibration.auto_observer.ExperimentalWarning")
 
 
 def known(count=1e6, skew=0.0, kurtosis=3.0, outlier_ratio=2.0):
@@ -60,7 +60,9 @@ def test_tensors_observers_and_statistics_give_the_same_answer():
 
 
 def test_the_warning_comes_once():
-    sys.modules["mono_quant_fx.select_observer"]._warn_once.cache_clear()  # the package gives the function that name
+    sys.modules[
+        "mono_quant_fx.calibration.auto_observer"
+    ]._warn_once.cache_clear()  # the package gives the function that name
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
         select_observer(known())

@@ -3,12 +3,12 @@ import torch
 from torch import nn
 
 import mono_quant_fx as mq
+from mono_quant_fx.calibration.sequential_rounding import SequentialWalk
 from mono_quant_fx.execution.batch import to_batch
 from mono_quant_fx.execution.carry import Carry
 from mono_quant_fx.graph import tensors
 from mono_quant_fx.graph.annotation import annotated
 from mono_quant_fx.numerics.rounding import RoundingOptions, round_weight
-from mono_quant_fx.sequential import SequentialWalk
 from tests.harness import Snapshot, check_pass
 from tests.models import MLP, ConvNet, Reused, TiedLM
 

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mono_quant_fx.calibration.auto_observer import AutoObserver
+from mono_quant_fx.calibration.histogram import HistogramObserver, PercentileObserver
+from mono_quant_fx.calibration.observer import MinMaxObserver, Observer, known_options, numbers, tiles
 from mono_quant_fx.errors import ConfigError
-from mono_quant_fx.histogram import HistogramObserver, PercentileObserver
-from mono_quant_fx.observer_base import MinMaxObserver, Observer, known_options, numbers, tiles
-from mono_quant_fx.select_observer import AutoObserver
 
 __all__ = [
     "HistogramObserver",

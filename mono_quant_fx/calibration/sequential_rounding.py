@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, fx
 
 from mono_quant_fx import ops
+from mono_quant_fx.calibration.layer_inputs import Hessian, layer_inputs, no_matrix
+from mono_quant_fx.calibration.observers import Observer
 from mono_quant_fx.execution.batch import Batch
 from mono_quant_fx.execution.carry import Carry
 from mono_quant_fx.execution.run import check_finite, node_error
@@ -24,9 +26,7 @@ from mono_quant_fx.graph.arguments import argument
 from mono_quant_fx.graph.codes import restore
 from mono_quant_fx.graph.weight_ops import matrix_shape
 from mono_quant_fx.graph.weight_table import consumption
-from mono_quant_fx.layer_inputs import Hessian, layer_inputs, no_matrix
 from mono_quant_fx.numerics.rounding import Rounded
-from mono_quant_fx.observers import Observer
 
 #: (get_attr node, annotation, Hessian or None, why there is none) -> the rounded weight.
 RoundWeight = Callable[[fx.Node, QuantAnnotation, Tensor | None, str], Rounded]

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from mono_quant_fx.calibration.histogram import HistogramObserver, PercentileObserver
+from mono_quant_fx.calibration.observer import MinMaxObserver
 from mono_quant_fx.errors import ConfigError
-from mono_quant_fx.histogram import HistogramObserver, PercentileObserver
-from mono_quant_fx.observer_base import MinMaxObserver
 
 #: Fewer values than this say little about a tail: 99.99 % would cut less than one of them.
 FEW_VALUES = 10_000

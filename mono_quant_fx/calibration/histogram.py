@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mono_quant_fx.calibration.kl_divergence import kl_bounds
+from mono_quant_fx.calibration.observer import MinMaxObserver, numbers, tiles
 from mono_quant_fx.errors import ConfigError
-from mono_quant_fx.kl_divergence import kl_bounds
-from mono_quant_fx.observer_base import MinMaxObserver, numbers, tiles
 
 #: log2 of the narrowest bin: the smallest float32, so that an all-zero tensor has a grid too.
 FINEST = -149

@@ -1,0 +1,1 @@
+"""What data says about weights' inputs: observers, layer inputs, and rounding one weight after the other."""
