@@ -1,9 +1,14 @@
 """A torch.fx compiler that quantizes PyTorch models after training and tells the truth about each node."""
 
 from mono_quant_fx import passes
-from mono_quant_fx.accuracy import measure_accuracy
-from mono_quant_fx.bisection import bisect
-from mono_quant_fx.bisection_report import Bisection, BisectionStep, Suspect
+from mono_quant_fx.accuracy.bisection import bisect
+from mono_quant_fx.accuracy.bisection_report import Bisection, BisectionStep, Suspect
+from mono_quant_fx.accuracy.findings import AccuracyWarning, check_accuracy_warnings
+from mono_quant_fx.accuracy.info import QuantizationInfo
+from mono_quant_fx.accuracy.measure import measure_accuracy
+from mono_quant_fx.accuracy.row import AccuracyRow
+from mono_quant_fx.accuracy.table import AccuracyTable
+from mono_quant_fx.accuracy.validation import ValidationResult, validate_quantization
 from mono_quant_fx.calibration.auto_observer import ExperimentalWarning, select_observer
 from mono_quant_fx.calibration.observers import (
     HistogramObserver,
@@ -44,12 +49,10 @@ from mono_quant_fx.errors import (
 from mono_quant_fx.explain import explain
 from mono_quant_fx.explanation import Chapter, Explanation
 from mono_quant_fx.export_compressed_tensors import export_compressed_tensors
-from mono_quant_fx.findings import AccuracyWarning, check_accuracy_warnings
 from mono_quant_fx.frontend.capture import capture
 from mono_quant_fx.graph.provenance import Step, history
 from mono_quant_fx.graph.text import diff_graphs, format_graph
 from mono_quant_fx.import_compressed_tensors import import_compressed_tensors
-from mono_quant_fx.info import QuantizationInfo
 from mono_quant_fx.loading import load
 from mono_quant_fx.numerics.affine import QuantizedWeight, quantize_weight_int4
 from mono_quant_fx.numerics.error import max_abs_error, relative_error, sqnr_db
@@ -60,9 +63,6 @@ from mono_quant_fx.pass_html import PassChange
 from mono_quant_fx.pipelines import default_pipeline
 from mono_quant_fx.result import QuantizationResult, save
 from mono_quant_fx.streaming import CheckpointReport, quantize_checkpoint
-from mono_quant_fx.table import AccuracyTable
-from mono_quant_fx.table_row import AccuracyRow
-from mono_quant_fx.validation import ValidationResult, validate_quantization
 from mono_quant_fx.version import __version__ as __version__
 
 __all__ = [

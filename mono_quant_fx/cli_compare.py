@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mono_quant_fx.accuracy.row import AccuracyRow, db, kib
+from mono_quant_fx.accuracy.table import AccuracyTable
 from mono_quant_fx.cli_text import CommandError, Grid, Report, printable
 from mono_quant_fx.files.reader import TensorFile
 from mono_quant_fx.loading import read_header
-from mono_quant_fx.table import AccuracyTable
-from mono_quant_fx.table_row import AccuracyRow, db, kib
 
 
 @dataclass(frozen=True)

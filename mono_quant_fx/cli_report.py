@@ -7,17 +7,17 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from mono_quant_fx.accuracy.info import QuantizationInfo
+from mono_quant_fx.accuracy.row import AccuracyRow, kib
+from mono_quant_fx.accuracy.table import AccuracyTable
 from mono_quant_fx.cli_text import CommandError, Grid, Part, Report, cleaned, printable, size
 from mono_quant_fx.config import QuantConfig
 from mono_quant_fx.files.header import DTYPE_NAMES
 from mono_quant_fx.files.json_records import to_plain
 from mono_quant_fx.files.reader import TensorFile
-from mono_quant_fx.info import QuantizationInfo
 from mono_quant_fx.loading import Header, read_header
 from mono_quant_fx.result import QuantizationResult, output_figure
 from mono_quant_fx.saving import DIGESTS, KEY
-from mono_quant_fx.table import AccuracyTable
-from mono_quant_fx.table_row import AccuracyRow, kib
 
 THRESHOLD = (
     "exit with 1 when the model output has less SQNR than X dB, or, where no calibration data measured it, when the "

@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 
 from tabulate import tabulate
 
+from mono_quant_fx.accuracy.table import AccuracyTable
 from mono_quant_fx.errors import MonoQuantError
-from mono_quant_fx.table import AccuracyTable
 
 PROGRAM = "mono-quant-fx"
 FORMATS = ("table", "markdown", "json", "csv")

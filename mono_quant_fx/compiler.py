@@ -10,22 +10,22 @@ from typing import Any, TypeVar
 
 from torch import fx, nn
 
-from mono_quant_fx.accuracy import measure_accuracy
+from mono_quant_fx.accuracy.coverage import coverage_notes
+from mono_quant_fx.accuracy.findings import AccuracyWarning, check_accuracy_warnings
+from mono_quant_fx.accuracy.held_out import Split, split
+from mono_quant_fx.accuracy.info import info_of
+from mono_quant_fx.accuracy.measure import measure_accuracy
+from mono_quant_fx.accuracy.table import AccuracyTable
 from mono_quant_fx.config import QuantConfig
-from mono_quant_fx.coverage import coverage_notes
 from mono_quant_fx.errors import PreconditionError
 from mono_quant_fx.execution.batch import Prepare
 from mono_quant_fx.execution.collection import UNLIMITED, Reading, read
 from mono_quant_fx.execution.values import require_inputs, require_values
-from mono_quant_fx.findings import AccuracyWarning, check_accuracy_warnings
 from mono_quant_fx.frontend.capture import captured
 from mono_quant_fx.graph.annotation import annotated
-from mono_quant_fx.held_out import Split, split
-from mono_quant_fx.info import info_of
 from mono_quant_fx.pass_base import Pass
 from mono_quant_fx.pipelines import default_pipeline, with_extra
 from mono_quant_fx.result import QuantizationResult
-from mono_quant_fx.table import AccuracyTable
 
 T = TypeVar("T")
 

@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from mono_quant_fx.accuracy.row import AccuracyRow, db
+from mono_quant_fx.accuracy.table import AccuracyTable
 from mono_quant_fx.graph.annotation import QuantAnnotation, annotated, get_annotation
 from mono_quant_fx.graph.tensors import get_tensor, module_path, module_stack, op_name
 from mono_quant_fx.graph.text import format_node
 from mono_quant_fx.ops.registry import is_ours
-from mono_quant_fx.table import AccuracyTable
-from mono_quant_fx.table_row import AccuracyRow, db
 
 #: Deeper module paths are drawn in the group of this depth.
 MAX_DEPTH = 12

@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from torch import fx
 
+from mono_quant_fx.accuracy.row import AccuracyRow, db
+from mono_quant_fx.accuracy.table import AccuracyTable
 from mono_quant_fx.code_summary import CodeSummary, summarize
 from mono_quant_fx.errors import ConfigError, PreconditionError, UnknownNameError
 from mono_quant_fx.explanation import Chapter, Explanation
@@ -19,8 +21,6 @@ from mono_quant_fx.graph.own_names import own_name
 from mono_quant_fx.graph.provenance import Step, history
 from mono_quant_fx.graph.tensors import get_tensor, module_path, module_stack, op_name
 from mono_quant_fx.result import QuantizationResult
-from mono_quant_fx.table import AccuracyTable
-from mono_quant_fx.table_row import AccuracyRow, db
 
 Fact = tuple[str, str]
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in [^\n]*\n\s*([^\n]*)')

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from mono_quant_fx.accuracy.info import QuantizationInfo
+from mono_quant_fx.accuracy.table import AccuracyTable
 from mono_quant_fx.config import QuantConfig
 from mono_quant_fx.errors import FileFormatError, PlanError
 from mono_quant_fx.files.folder import Tensors, open_tensors
@@ -22,7 +24,6 @@ from mono_quant_fx.graph import tensors as graph
 from mono_quant_fx.graph.annotation import QuantAnnotation
 from mono_quant_fx.graph.merging import merged_pieces
 from mono_quant_fx.graph_json import graph_from_json
-from mono_quant_fx.info import QuantizationInfo
 from mono_quant_fx.pass_base import Pipeline
 from mono_quant_fx.passes import PlanRestoration
 from mono_quant_fx.pipelines import lowering
@@ -30,7 +31,6 @@ from mono_quant_fx.process.surroundings import in_plain_surroundings
 from mono_quant_fx.result import QuantizationResult
 from mono_quant_fx.saving import DIGESTS, FORMAT_VERSION, KEY
 from mono_quant_fx.statements import graph_faults, table_faults
-from mono_quant_fx.table import AccuracyTable
 
 #: How many differing tensors an error lists.
 SHOWN = 5

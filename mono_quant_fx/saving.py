@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
+from mono_quant_fx.accuracy.table import AccuracyTable
 from mono_quant_fx.config import QuantConfig
 from mono_quant_fx.files.json_records import to_plain
 from mono_quant_fx.files.reader import TensorWriter
@@ -34,7 +35,6 @@ from mono_quant_fx.frontend.record import get_record
 from mono_quant_fx.graph.annotation import annotated
 from mono_quant_fx.graph.merging import merged_pieces
 from mono_quant_fx.graph.tensors import named_tensors
-from mono_quant_fx.table import AccuracyTable
 from mono_quant_fx.version import __version__
 
 FORMAT_VERSION = 1

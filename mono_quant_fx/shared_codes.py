@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from mono_quant_fx.accuracy.weight_figures import weight_sqnr_db
 from mono_quant_fx.errors import WeightError
 from mono_quant_fx.graph.annotation import QuantAnnotation
 from mono_quant_fx.graph.codes import codes_of
 from mono_quant_fx.numerics.affine import QuantizedWeight
-from mono_quant_fx.weight_figures import weight_sqnr_db
 
 Stamp = tuple[int, int]
 

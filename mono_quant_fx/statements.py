@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import fx
 
+from mono_quant_fx.accuracy.table import AccuracyTable
 from mono_quant_fx.files.header import shown
 from mono_quant_fx.graph.annotation import QuantAnnotation, annotated
 from mono_quant_fx.graph.own_names import replaced
 from mono_quant_fx.ops.registry import is_ours
-from mono_quant_fx.table import AccuracyTable
 
 #: Fields of an annotation that decide what its codes mean.
 _MEANING = ("scheme", "layout", "groups", "shape", "dtype", "activations", "merged", "names", "lowered")

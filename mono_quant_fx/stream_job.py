@@ -11,19 +11,20 @@ from typing import Any
 
 from torch import fx, nn
 
-from mono_quant_fx.accuracy import weights_table
+from mono_quant_fx.accuracy.coverage import coverage_notes
+from mono_quant_fx.accuracy.findings import check_accuracy_warnings
+from mono_quant_fx.accuracy.info import QuantizationInfo, info_of
+from mono_quant_fx.accuracy.measure import weights_table
+from mono_quant_fx.accuracy.table import AccuracyTable
 from mono_quant_fx.checkpoint import Checkpoint, match
 from mono_quant_fx.config import QuantConfig
-from mono_quant_fx.coverage import coverage_notes
 from mono_quant_fx.errors import CaptureError
 from mono_quant_fx.files.folder import open_tensors
 from mono_quant_fx.files.header import layout
 from mono_quant_fx.files.json_records import to_plain
-from mono_quant_fx.findings import check_accuracy_warnings
 from mono_quant_fx.frontend.recapture import capture_without_values
 from mono_quant_fx.graph.annotation import pending
 from mono_quant_fx.graph.codes import hollow_codes
-from mono_quant_fx.info import QuantizationInfo, info_of
 from mono_quant_fx.pass_base import Pipeline
 from mono_quant_fx.passes import CodeAttachment, SkipAnnotation
 from mono_quant_fx.passes.code_attachment import GivenCodes
@@ -31,7 +32,6 @@ from mono_quant_fx.pipelines import lowering
 from mono_quant_fx.result import QuantizationResult
 from mono_quant_fx.saving import KEY, Stored, header_of, stored_tensors, versions
 from mono_quant_fx.shard_plan import Shard, own_annotations, plan_shards
-from mono_quant_fx.table import AccuracyTable
 
 #: A figure whose text is as long as one can be.
 _LONGEST = -1.2345678901234567e-300

@@ -10,15 +10,15 @@ from typing import Any
 
 from torch import nn
 
+from mono_quant_fx.accuracy.findings import check_accuracy_warnings
+from mono_quant_fx.accuracy.info import QuantizationInfo
+from mono_quant_fx.accuracy.table import AccuracyTable
 from mono_quant_fx.config import QuantConfig
 from mono_quant_fx.errors import AccuracyError, ConfigError
-from mono_quant_fx.findings import check_accuracy_warnings
-from mono_quant_fx.info import QuantizationInfo
 from mono_quant_fx.pipelines import needs_data
 from mono_quant_fx.process.surroundings import in_plain_surroundings
 from mono_quant_fx.stream_files import Bar, Told, into_file, into_folder
 from mono_quant_fx.stream_job import prepare
-from mono_quant_fx.table import AccuracyTable
 
 FILE = ".safetensors"
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mono_quant_fx.accuracy.weight_figures import weight_errors
 from mono_quant_fx.checkpoint import Checkpoint
 from mono_quant_fx.files.writer import TensorWriter
 from mono_quant_fx.graph.annotation import QuantAnnotation
@@ -19,7 +20,6 @@ from mono_quant_fx.numerics import affine
 from mono_quant_fx.numerics.error import ErrorSum
 from mono_quant_fx.saving import DIGESTS
 from mono_quant_fx.shard_plan import Shard
-from mono_quant_fx.weight_figures import weight_errors
 from mono_quant_fx.workers import Workers
 
 #: Elements of a weight that one thread has in memory at a time, where its layout allows it. Small enough for malloc to

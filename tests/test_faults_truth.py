@@ -10,12 +10,12 @@ from torch import nn
 from torch.nn.utils import prune
 
 import mono_quant_fx as mq
-from mono_quant_fx import judging
+from mono_quant_fx.accuracy import judging
+from mono_quant_fx.accuracy.row import AccuracyRow
 from mono_quant_fx.cli import main
 from mono_quant_fx.files.reader import write_tensors
 from mono_quant_fx.numerics import affine
 from mono_quant_fx.numerics.normal_weights import normal_sqnr_db
-from mono_quant_fx.table_row import AccuracyRow
 from tests.models import MLP, hopeless_
 
 
@@ -144,8 +144,8 @@ class TestAFigureMeasuredOnTheDataItWasFittedTo:
         assert (loaded.accuracy, loaded.info.measured_on) == (result.accuracy, "held-out data")
 
     def test_a_table_of_an_older_file_has_no_such_word(self):
+        from mono_quant_fx.accuracy.table import AccuracyTable
         from mono_quant_fx.files.json_records import from_plain, to_plain
-        from mono_quant_fx.table import AccuracyTable
 
         table = mq.quantize(MLP().eval(), calibration_data=batches(5), group_size=32).accuracy
         data = to_plain(table)

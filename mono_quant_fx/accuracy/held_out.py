@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from mono_quant_fx.accuracy.table import CALIBRATION, EVALUATION, HELD_OUT
 from mono_quant_fx.execution.batch import Batch
 from mono_quant_fx.execution.collection import Reading, Taken, cut, is_batch_axis
 from mono_quant_fx.process.surroundings import in_plain_surroundings
-from mono_quant_fx.table import CALIBRATION, EVALUATION, HELD_OUT
 
 #: One of so many batches (or samples, of fewer batches) is held out.
 EVERY = 5

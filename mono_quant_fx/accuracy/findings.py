@@ -9,13 +9,13 @@ from typing import Protocol
 
 from torch import fx
 
+from mono_quant_fx.accuracy.info import QuantizationInfo
+from mono_quant_fx.accuracy.judging import UNUSUAL_DB, Verdict, verdicts
+from mono_quant_fx.accuracy.row import AccuracyRow
+from mono_quant_fx.accuracy.table import CALIBRATION, AccuracyTable
 from mono_quant_fx.config import QuantConfig
 from mono_quant_fx.errors import AccuracyError
 from mono_quant_fx.graph.annotation import annotated
-from mono_quant_fx.info import QuantizationInfo
-from mono_quant_fx.judging import UNUSUAL_DB, Verdict, verdicts
-from mono_quant_fx.table import CALIBRATION, AccuracyTable
-from mono_quant_fx.table_row import AccuracyRow
 
 LEAST_CALIBRATION_SAMPLES = 50
 #: How many of the worst a finding names.

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
+from mono_quant_fx.accuracy.table import AccuracyTable
 from mono_quant_fx.config import QuantConfig
 from mono_quant_fx.graph import tensors
 from mono_quant_fx.graph.annotation import annotated
 from mono_quant_fx.graph.own_names import own_name
-from mono_quant_fx.table import AccuracyTable
 
 
 @dataclass

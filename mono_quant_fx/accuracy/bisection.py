@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, fx
 
-from mono_quant_fx.bisection_report import Bisection, BisectionStep, Suspect
+from mono_quant_fx.accuracy.bisection_report import Bisection, BisectionStep, Suspect
 from mono_quant_fx.errors import CalibrationError, ConfigError, PreconditionError
 from mono_quant_fx.execution.batch import Batch, Prepare, leaves
 from mono_quant_fx.execution.collection import collect, cut

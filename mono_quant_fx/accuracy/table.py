@@ -10,8 +10,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from mono_quant_fx.outputs import OutputFigure, why_none
-from mono_quant_fx.table_row import AccuracyRow, cells_of, columns_of, db, figures_of, kib, tabulated
+from mono_quant_fx.accuracy.outputs import OutputFigure, why_none
+from mono_quant_fx.accuracy.row import AccuracyRow, cells_of, columns_of, db, figures_of, kib, tabulated
 from mono_quant_fx.web import table
 from mono_quant_fx.web.page import Shown
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx
 
+from mono_quant_fx.accuracy.row import AccuracyRow
 from mono_quant_fx.errors import PreconditionError
 from mono_quant_fx.graph.annotation import ObservedInput, QuantAnnotation, stored_weight
 from mono_quant_fx.graph.own_names import own_name
@@ -15,7 +16,6 @@ from mono_quant_fx.graph.weight_ops import matrix_shape, to_matrix
 from mono_quant_fx.numerics import affine
 from mono_quant_fx.numerics.error import ErrorSum
 from mono_quant_fx.numerics.normal_weights import normal_sqnr_db
-from mono_quant_fx.table_row import AccuracyRow
 
 
 def rows_of(annotation: QuantAnnotation, weight: WeightFigures) -> list[AccuracyRow]:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from mono_quant_fx.table_row import AccuracyRow
+from mono_quant_fx.accuracy.row import AccuracyRow
 
 #: dB above which a node needs no second look, and by how many a weight is worse than normal ones to be unusual.
 GOOD_DB, UNUSUAL_DB = 30.0, 3.0

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from mono_quant_fx.accuracy import measure_accuracy
+from mono_quant_fx.accuracy.float_graphs import both_graphs
+from mono_quant_fx.accuracy.measure import measure_accuracy
 from mono_quant_fx.execution.batch import Prepare, leaves
 from mono_quant_fx.execution.collection import collect
 from mono_quant_fx.execution.noise import alike
-from mono_quant_fx.float_graphs import both_graphs
 from mono_quant_fx.graph import tensors
 from mono_quant_fx.graph.annotation import annotated, stored_weight
 from mono_quant_fx.process.surroundings import in_plain_surroundings

@@ -9,22 +9,22 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from mono_quant_fx.accuracy.float_graphs import both_graphs
+from mono_quant_fx.accuracy.judging import with_statuses
+from mono_quant_fx.accuracy.outputs import OutputSums, headline
+from mono_quant_fx.accuracy.row import AccuracyRow
+from mono_quant_fx.accuracy.table import AccuracyTable
+from mono_quant_fx.accuracy.weight_figures import WeightFigures, rows_of
 from mono_quant_fx.config import check_thresholds
 from mono_quant_fx.errors import CalibrationError, PreconditionError
 from mono_quant_fx.execution.batch import Batch, Prepare, leaves
 from mono_quant_fx.execution.collection import collect
 from mono_quant_fx.execution.lockstep import Lockstep
 from mono_quant_fx.execution.run import Progress
-from mono_quant_fx.float_graphs import both_graphs
 from mono_quant_fx.graph import tensors
 from mono_quant_fx.graph.annotation import annotated
-from mono_quant_fx.judging import with_statuses
 from mono_quant_fx.numerics.error import ErrorSum
-from mono_quant_fx.outputs import OutputSums, headline
 from mono_quant_fx.process.surroundings import in_plain_surroundings
-from mono_quant_fx.table import AccuracyTable
-from mono_quant_fx.table_row import AccuracyRow
-from mono_quant_fx.weight_figures import WeightFigures, rows_of
 
 
 @in_plain_surroundings

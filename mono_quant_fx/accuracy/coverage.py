@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx, nn
 
+from mono_quant_fx.accuracy.row import AccuracyRow
+from mono_quant_fx.accuracy.table import AccuracyTable
 from mono_quant_fx.frontend.record import closed_because
 from mono_quant_fx.graph.storage_bytes import stored_bytes
 from mono_quant_fx.graph.tensors import named_tensors
 from mono_quant_fx.graph.ways_out import way_out
-from mono_quant_fx.table import AccuracyTable
-from mono_quant_fx.table_row import AccuracyRow
 
 #: The share below which a result says so, how many causes it names, and the share below which a cause is none.
 LEAST, SHOWN, SMALL = 0.5, 3, 0.01
