@@ -53,7 +53,6 @@ from mono_quant_fx.frontend.capture import capture
 from mono_quant_fx.graph.provenance import Step, history
 from mono_quant_fx.graph.text import diff_graphs, format_graph
 from mono_quant_fx.import_compressed_tensors import import_compressed_tensors
-from mono_quant_fx.loading import load
 from mono_quant_fx.numerics.affine import QuantizedWeight, quantize_weight_int4
 from mono_quant_fx.numerics.error import max_abs_error, relative_error, sqnr_db
 from mono_quant_fx.ops.linear_module import QuantizedLinearInt4
@@ -61,7 +60,8 @@ from mono_quant_fx.ops.native import Kernels, kernels
 from mono_quant_fx.pass_base import Pass, PassResult, Pipeline
 from mono_quant_fx.pass_html import PassChange
 from mono_quant_fx.pipelines import default_pipeline
-from mono_quant_fx.result import QuantizationResult, save
+from mono_quant_fx.storage.loading import load
+from mono_quant_fx.storage.result import QuantizationResult, save
 from mono_quant_fx.streaming import CheckpointReport, quantize_checkpoint
 from mono_quant_fx.version import __version__ as __version__
 

@@ -17,7 +17,7 @@ from mono_quant_fx.files.folder import TensorFolder, Tensors
 from mono_quant_fx.files.wrapped_names import align, few
 from mono_quant_fx.frontend.record import graph_names
 from mono_quant_fx.graph.tensors import is_persistent, named_tensors
-from mono_quant_fx.saving import digest
+from mono_quant_fx.storage.saving import digest
 
 #: How many names an error lists.
 SHOWN = 5

@@ -24,7 +24,7 @@ from mono_quant_fx.cli_streams import flush_streams, open_closed_streams, say
 from mono_quant_fx.cli_text import FORMATS, PROGRAM, CommandError, Grid, Report, printable
 from mono_quant_fx.errors import AccuracyError
 from mono_quant_fx.files.reader import TensorFile
-from mono_quant_fx.verification import verify_file
+from mono_quant_fx.storage.verification import verify_file
 from mono_quant_fx.version import __version__
 
 GOOD, BELOW, BAD, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 130, 141

@@ -13,7 +13,7 @@ from mono_quant_fx.accuracy.row import AccuracyRow, db, kib
 from mono_quant_fx.accuracy.table import AccuracyTable
 from mono_quant_fx.cli_text import CommandError, Grid, Report, printable
 from mono_quant_fx.files.reader import TensorFile
-from mono_quant_fx.loading import read_header
+from mono_quant_fx.storage.loading import read_header
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from mono_quant_fx.cli_text import CommandError, Report
 from mono_quant_fx.compiler import quantize
 from mono_quant_fx.config import QuantConfig
 from mono_quant_fx.graph.tensors import named_tensors
-from mono_quant_fx.result import save
+from mono_quant_fx.storage.result import save
 from mono_quant_fx.streaming import quantize_checkpoint
 
 

@@ -15,9 +15,9 @@ from mono_quant_fx.config import QuantConfig
 from mono_quant_fx.files.header import DTYPE_NAMES
 from mono_quant_fx.files.json_records import to_plain
 from mono_quant_fx.files.reader import TensorFile
-from mono_quant_fx.loading import Header, read_header
-from mono_quant_fx.result import QuantizationResult, output_figure
-from mono_quant_fx.saving import DIGESTS, KEY
+from mono_quant_fx.storage.loading import Header, read_header
+from mono_quant_fx.storage.result import QuantizationResult, output_figure
+from mono_quant_fx.storage.saving import DIGESTS, KEY
 
 THRESHOLD = (
     "exit with 1 when the model output has less SQNR than X dB, or, where no calibration data measured it, when the "

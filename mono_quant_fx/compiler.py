@@ -25,7 +25,7 @@ from mono_quant_fx.frontend.capture import captured
 from mono_quant_fx.graph.annotation import annotated
 from mono_quant_fx.pass_base import Pass
 from mono_quant_fx.pipelines import default_pipeline, with_extra
-from mono_quant_fx.result import QuantizationResult
+from mono_quant_fx.storage.result import QuantizationResult
 
 T = TypeVar("T")
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mono_quant_fx.compiler import quantize
 from mono_quant_fx.demo_model import Encode, embed, load_minilm
 from mono_quant_fx.errors import ConfigError
-from mono_quant_fx.result import QuantizationResult
+from mono_quant_fx.storage.result import QuantizationResult
 
 BATCH = 25
 #: Sentences that the accuracy is measured on; calibration sees none of them.

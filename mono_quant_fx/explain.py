@@ -20,7 +20,7 @@ from mono_quant_fx.graph.annotation import ObservedInput, QuantAnnotation, annot
 from mono_quant_fx.graph.own_names import own_name
 from mono_quant_fx.graph.provenance import Step, history
 from mono_quant_fx.graph.tensors import get_tensor, module_path, module_stack, op_name
-from mono_quant_fx.result import QuantizationResult
+from mono_quant_fx.storage.result import QuantizationResult
 
 Fact = tuple[str, str]
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in [^\n]*\n\s*([^\n]*)')

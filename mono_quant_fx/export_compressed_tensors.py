@@ -22,7 +22,7 @@ from mono_quant_fx.graph.own_names import own_name
 from mono_quant_fx.graph.tensors import get_attribute, op_name
 from mono_quant_fx.graph.weight_ops import matrix_shape
 from mono_quant_fx.process.surroundings import in_plain_surroundings
-from mono_quant_fx.result import QuantizationResult
+from mono_quant_fx.storage.result import QuantizationResult
 
 _REMEDY = "leave the weight out with modules_to_not_convert"
 

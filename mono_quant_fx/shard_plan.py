@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from mono_quant_fx.files.folder import SINGLE
 from mono_quant_fx.graph.annotation import QuantAnnotation, annotated
-from mono_quant_fx.saving import DIGESTS, Stored
+from mono_quant_fx.storage.saving import DIGESTS, Stored
 
 
 @dataclass(frozen=True)

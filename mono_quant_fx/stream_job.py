@@ -29,9 +29,9 @@ from mono_quant_fx.pass_base import Pipeline
 from mono_quant_fx.passes import CodeAttachment, SkipAnnotation
 from mono_quant_fx.passes.code_attachment import GivenCodes
 from mono_quant_fx.pipelines import lowering
-from mono_quant_fx.result import QuantizationResult
-from mono_quant_fx.saving import KEY, Stored, header_of, stored_tensors, versions
 from mono_quant_fx.shard_plan import Shard, own_annotations, plan_shards
+from mono_quant_fx.storage.result import QuantizationResult
+from mono_quant_fx.storage.saving import KEY, Stored, header_of, stored_tensors, versions
 
 #: A figure whose text is as long as one can be.
 _LONGEST = -1.2345678901234567e-300

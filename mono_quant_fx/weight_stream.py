@@ -18,8 +18,8 @@ from mono_quant_fx.graph.annotation import QuantAnnotation
 from mono_quant_fx.graph.codes import codes_of
 from mono_quant_fx.numerics import affine
 from mono_quant_fx.numerics.error import ErrorSum
-from mono_quant_fx.saving import DIGESTS
 from mono_quant_fx.shard_plan import Shard
+from mono_quant_fx.storage.saving import DIGESTS
 from mono_quant_fx.workers import Workers
 
 #: Elements of a weight that one thread has in memory at a time, where its layout allows it. Small enough for malloc to

@@ -22,11 +22,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 import mono_quant_fx as mq
-from mono_quant_fx import cli, cli_options, saving
+from mono_quant_fx import cli, cli_options
 from mono_quant_fx.cli import main
 from mono_quant_fx.cli_compare import change, differences, loss_verdict
 from mono_quant_fx.cli_text import FORMATS, CommandError, printable
 from mono_quant_fx.files.reader import TensorFile, TensorWriter
+from mono_quant_fx.storage import saving
 from tests.tensor_file_mutants import mutants
 from tests.test_docs import ROOT, blocks, read, run, stripped
 

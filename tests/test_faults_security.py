@@ -18,7 +18,7 @@ from mono_quant_fx.checked_calls import CHECKED
 from mono_quant_fx.cli import main
 from mono_quant_fx.files.reader import TensorFile, write_tensors
 from mono_quant_fx.graph_json import graph_from_json, graph_to_json
-from mono_quant_fx.saving import KEY
+from mono_quant_fx.storage.saving import KEY
 from tests import graph_fuzz
 
 

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import mono_quant_fx as mq
-from mono_quant_fx import saving
 from mono_quant_fx.files.reader import TensorFile, TensorWriter
 from mono_quant_fx.graph.annotation import annotated
 from mono_quant_fx.graph.tensors import module_path, named_tensors
+from mono_quant_fx.storage import saving
 
 
 class Attention(nn.Module):

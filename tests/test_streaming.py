@@ -21,7 +21,7 @@ from mono_quant_fx.files import writer as tensor_writer
 from mono_quant_fx.files.folder import INDEX, PARTIAL, SINGLE, TensorFolder, open_tensors
 from mono_quant_fx.files.reader import TensorFile, TensorWriter, write_tensors
 from mono_quant_fx.files.resumable_folder import PartialFolder
-from mono_quant_fx.saving import DIGESTS, KEY, digest
+from mono_quant_fx.storage.saving import DIGESTS, KEY, digest
 from tests import streaming_kills
 from tests.models import hopeless_
 from tests.test_storage import CASES, Attention, assert_same, quantized

@@ -28,9 +28,9 @@ from mono_quant_fx.pass_base import Pipeline
 from mono_quant_fx.passes import PlanRestoration
 from mono_quant_fx.pipelines import lowering
 from mono_quant_fx.process.surroundings import in_plain_surroundings
-from mono_quant_fx.result import QuantizationResult
-from mono_quant_fx.saving import DIGESTS, FORMAT_VERSION, KEY
-from mono_quant_fx.statements import graph_faults, table_faults
+from mono_quant_fx.storage.result import QuantizationResult
+from mono_quant_fx.storage.saving import DIGESTS, FORMAT_VERSION, KEY
+from mono_quant_fx.storage.statements import graph_faults, table_faults
 
 #: How many differing tensors an error lists.
 SHOWN = 5

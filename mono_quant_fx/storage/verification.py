@@ -15,11 +15,11 @@ from mono_quant_fx.files.header import DTYPE_NAMES, Entry, shown
 from mono_quant_fx.files.reader import TensorFile
 from mono_quant_fx.graph.annotation import QuantAnnotation
 from mono_quant_fx.graph.weight_ops import matrix_shape
-from mono_quant_fx.loading import Header, own_graph, read_header
 from mono_quant_fx.numerics.affine import code_range, num_groups
 from mono_quant_fx.process.surroundings import in_plain_surroundings
-from mono_quant_fx.saving import DIGESTS
-from mono_quant_fx.statements import graph_faults, table_faults
+from mono_quant_fx.storage.loading import Header, own_graph, read_header
+from mono_quant_fx.storage.saving import DIGESTS
+from mono_quant_fx.storage.statements import graph_faults, table_faults
 
 LAYOUTS = ("rows", "columns", "transposed_conv")
 #: Endings of names under which codes and qparams are stored.
