@@ -26,11 +26,11 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 import mono_quant_fx as mq
-from mono_quant_fx import allowed_calls
 from mono_quant_fx.graph.tensors import get_attribute
-from mono_quant_fx.graph_json import graph_from_json, graph_to_json
-from mono_quant_fx.graph_ops import allowed_operators
-from mono_quant_fx.json_values import DTYPES
+from mono_quant_fx.storage.graph_json import allowed_calls
+from mono_quant_fx.storage.graph_json.calls import allowed_operators
+from mono_quant_fx.storage.graph_json.document import graph_from_json, graph_to_json
+from mono_quant_fx.storage.graph_json.values import DTYPES
 from tests import models
 
 FUNCTIONS = [f"{home}.{name}" for home, names in allowed_calls.FUNCTIONS.items() for name in names.split()]

@@ -23,7 +23,7 @@ from mono_quant_fx.files.checkpoint_files import Checkpoint
 from mono_quant_fx.files.folder import INDEX, SINGLE, open_tensors
 from mono_quant_fx.files.reader import TensorFile
 from mono_quant_fx.files.wrapped_names import align
-from mono_quant_fx.graph_names import check_path
+from mono_quant_fx.storage.graph_json.names import check_path
 
 
 def net() -> nn.Module:

@@ -13,11 +13,11 @@ import torch
 from torch import fx, nn
 
 import mono_quant_fx as mq
-from mono_quant_fx import graph_ops
-from mono_quant_fx.checked_calls import CHECKED
 from mono_quant_fx.cli import main
 from mono_quant_fx.files.reader import TensorFile, write_tensors
-from mono_quant_fx.graph_json import graph_from_json, graph_to_json
+from mono_quant_fx.storage.graph_json import calls
+from mono_quant_fx.storage.graph_json.checked_calls import CHECKED
+from mono_quant_fx.storage.graph_json.document import graph_from_json, graph_to_json
 from mono_quant_fx.storage.saving import KEY
 from tests import graph_fuzz
 
@@ -102,14 +102,14 @@ def test_save_names_node_operator_and_way_out(target, way_out, tmp_path):
 
 
 def test_every_operator_on_the_list_exists_and_none_writes_to_an_output():
-    operators = graph_ops.allowed_operators()
+    operators = calls.allowed_operators()
     assert len(operators) > 500 and all(not a.is_out for op in operators for a in op._schema.arguments)
     for op in operators:
         name = op._schema.name.partition("::")[2]
         assert "strided" not in name and "resize" not in name and "unsafe" not in name and "backward" not in name
         assert "empty" not in name and not name.startswith(("set_", "_embedding", "_fft", "_thnn", "_scaled"))
-        assert graph_ops.function_of(str(op)) in (op, CHECKED.get(str(op)))
-        assert graph_ops.function_name(op) == graph_ops.function_name(graph_ops.function_of(str(op))) == str(op)
+        assert calls.function_of(str(op)) in (op, CHECKED.get(str(op)))
+        assert calls.function_name(op) == calls.function_name(calls.function_of(str(op))) == str(op)
 
 
 def test_verify_judges_a_graph_as_load_does(tmp_path, capsys):

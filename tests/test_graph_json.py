@@ -17,9 +17,9 @@ from torch import Tensor, fx, nn
 import mono_quant_fx as mq
 from mono_quant_fx.graph.annotation import annotated
 from mono_quant_fx.graph.tensors import get_attribute, is_persistent, module_stack, named_tensors
-from mono_quant_fx.graph_json import graph_from_json, graph_to_json
-from mono_quant_fx.json_values import value_from_json, value_to_json
-from mono_quant_fx.leaf_modules import ARGUMENTS, CLASSES, leaf_from_json, leaf_to_json
+from mono_quant_fx.storage.graph_json.document import graph_from_json, graph_to_json
+from mono_quant_fx.storage.graph_json.leaf_modules import ARGUMENTS, CLASSES, leaf_from_json, leaf_to_json
+from mono_quant_fx.storage.graph_json.values import value_from_json, value_to_json
 from tests import capture_models, hf_models, models
 from tests.real_models import minilm
 

@@ -23,11 +23,11 @@ from mono_quant_fx.frontend.record import CaptureRecord, set_record
 from mono_quant_fx.graph import tensors as graph
 from mono_quant_fx.graph.annotation import QuantAnnotation
 from mono_quant_fx.graph.merging import merged_pieces
-from mono_quant_fx.graph_json import graph_from_json
 from mono_quant_fx.pass_base import Pipeline
 from mono_quant_fx.passes import PlanRestoration
 from mono_quant_fx.pipelines import lowering
 from mono_quant_fx.process.surroundings import in_plain_surroundings
+from mono_quant_fx.storage.graph_json.document import graph_from_json
 from mono_quant_fx.storage.result import QuantizationResult
 from mono_quant_fx.storage.saving import DIGESTS, FORMAT_VERSION, KEY
 from mono_quant_fx.storage.statements import graph_faults, table_faults

@@ -11,8 +11,8 @@ from mono_quant_fx.accuracy.info import QuantizationInfo
 from mono_quant_fx.accuracy.table import AccuracyTable
 from mono_quant_fx.config import QuantConfig
 from mono_quant_fx.errors import PreconditionError
-from mono_quant_fx.graph_json import graph_to_json
 from mono_quant_fx.process.surroundings import in_plain_surroundings
+from mono_quant_fx.storage.graph_json.document import graph_to_json
 from mono_quant_fx.storage.saving import write_model
 from mono_quant_fx.web.page import Shown, details, escape, frame, grid
 

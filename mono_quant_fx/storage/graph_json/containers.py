@@ -12,7 +12,7 @@ from typing import Any
 from torch.utils import _pytree as pytree
 
 from mono_quant_fx.errors import NotSelfContainedError
-from mono_quant_fx.json_values import MAX_DEPTH, need, show
+from mono_quant_fx.storage.graph_json.values import MAX_DEPTH, need, show
 
 LEAF = "*"
 _KINDS: dict[str, type] = {"tuple": tuple, "list": list, "dict": dict, "ordered": OrderedDict}

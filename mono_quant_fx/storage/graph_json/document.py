@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor, fx
 
 from mono_quant_fx.errors import GraphFormatError, NotSelfContainedError
-from mono_quant_fx.graph_reader import Reader, finish
-from mono_quant_fx.graph_writer import Writer
+from mono_quant_fx.storage.graph_json.reader import Reader, finish
+from mono_quant_fx.storage.graph_json.writer import Writer
 
 
 def graph_to_json(gm: fx.GraphModule) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 from torch.fx.graph import CodeGen, _PyTreeCodeGen
 
-from mono_quant_fx.allowed_aten import WAYS_OUT
 from mono_quant_fx.errors import NotSelfContainedError
 from mono_quant_fx.files.json_records import to_plain
 from mono_quant_fx.frontend.guards import GuardsFn, is_guards, trace_guards
@@ -18,11 +17,12 @@ from mono_quant_fx.functionalization.pure_writes import Through
 from mono_quant_fx.graph.annotation import get_annotation
 from mono_quant_fx.graph.provenance import Step, history
 from mono_quant_fx.graph.tensors import get_attribute, is_persistent, module_stack, named_tensors
-from mono_quant_fx.graph_ops import function_name, is_method
-from mono_quant_fx.json_values import DTYPES, value_to_json, within
-from mono_quant_fx.leaf_modules import check_hooks, leaf_to_json
-from mono_quant_fx.stored_writes import through_to_json
-from mono_quant_fx.tree_json import tree_to_json
+from mono_quant_fx.storage.graph_json.allowed_aten import WAYS_OUT
+from mono_quant_fx.storage.graph_json.calls import function_name, is_method
+from mono_quant_fx.storage.graph_json.containers import tree_to_json
+from mono_quant_fx.storage.graph_json.leaf_modules import check_hooks, leaf_to_json
+from mono_quant_fx.storage.graph_json.values import DTYPES, value_to_json, within
+from mono_quant_fx.storage.graph_json.writes import through_to_json
 
 FORMAT, VERSION = "mono_quant_fx graph", 1
 

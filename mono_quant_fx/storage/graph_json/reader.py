@@ -9,21 +9,21 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.fx.graph import CodeGen, _PyTreeCodeGen, _PyTreeInfo
 
-from mono_quant_fx.call_checks import check_call, check_method
 from mono_quant_fx.errors import GraphFormatError
 from mono_quant_fx.frontend.guards import GuardsFn
 from mono_quant_fx.graph.annotation import QuantAnnotation, set_annotation
 from mono_quant_fx.graph.own_names import is_name
 from mono_quant_fx.graph.provenance import Step
 from mono_quant_fx.graph.tensors import HISTORY, attach, get_attribute, named_tensors
-from mono_quant_fx.graph_names import RESERVED, above, check_path, targets_of
-from mono_quant_fx.graph_ops import function_of
-from mono_quant_fx.graph_writer import FORMAT, VERSION
-from mono_quant_fx.json_values import fields, items, need, record_from_json, show, value_from_json, within
-from mono_quant_fx.leaf_modules import leaf_from_json
-from mono_quant_fx.stored_writes import through_from_json
-from mono_quant_fx.tensor_table import TensorTable
-from mono_quant_fx.tree_json import tree_from_json
+from mono_quant_fx.storage.graph_json.call_checks import check_call, check_method
+from mono_quant_fx.storage.graph_json.calls import function_of
+from mono_quant_fx.storage.graph_json.containers import tree_from_json
+from mono_quant_fx.storage.graph_json.leaf_modules import leaf_from_json
+from mono_quant_fx.storage.graph_json.names import RESERVED, above, check_path, targets_of
+from mono_quant_fx.storage.graph_json.tensors import TensorTable
+from mono_quant_fx.storage.graph_json.values import fields, items, need, record_from_json, show, value_from_json, within
+from mono_quant_fx.storage.graph_json.writer import FORMAT, VERSION
+from mono_quant_fx.storage.graph_json.writes import through_from_json
 
 _OPS = ("placeholder", "get_attr", "call_function", "call_method", "call_module", "output")
 #: Graphs inside graphs: a no_grad block in an autocast block in a guard is three.

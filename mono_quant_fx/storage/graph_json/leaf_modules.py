@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mono_quant_fx.checked_calls import LARGEST, bounded
 from mono_quant_fx.errors import GraphFormatError, NotSelfContainedError
 from mono_quant_fx.graph.tensors import named_tensors
-from mono_quant_fx.json_values import fields, need, value_from_json, value_to_json
 from mono_quant_fx.process.this_thread import unheard
+from mono_quant_fx.storage.graph_json.checked_calls import LARGEST, bounded
+from mono_quant_fx.storage.graph_json.values import fields, need, value_from_json, value_to_json
 
 _POOL = "kernel_size stride padding dilation return_indices ceil_mode"
 _CONV = "in_channels out_channels kernel_size stride padding"

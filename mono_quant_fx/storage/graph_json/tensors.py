@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mono_quant_fx.errors import GraphFormatError
-from mono_quant_fx.json_values import DTYPES, fields, need, show, within
+from mono_quant_fx.storage.graph_json.values import DTYPES, fields, need, show, within
 
 
 @dataclass

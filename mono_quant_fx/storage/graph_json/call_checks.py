@@ -11,11 +11,11 @@ from torch import fx
 from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
-from mono_quant_fx import allowed_calls
-from mono_quant_fx.checked_calls import LARGEST, bounded
 from mono_quant_fx.errors import GraphFormatError
-from mono_quant_fx.graph_ops import is_method
-from mono_quant_fx.json_values import show
+from mono_quant_fx.storage.graph_json import allowed_calls
+from mono_quant_fx.storage.graph_json.calls import is_method
+from mono_quant_fx.storage.graph_json.checked_calls import LARGEST, bounded
+from mono_quant_fx.storage.graph_json.values import show
 
 _ATTRIBUTES = frozenset(allowed_calls.ATTRIBUTES.split())
 #: How many arguments torch.fx writes down for a call of `operator`, whatever the node holds.

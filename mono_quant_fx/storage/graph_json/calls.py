@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch._ops import OpOverload, OpOverloadPacket
 
-from mono_quant_fx import allowed_calls
-from mono_quant_fx.allowed_aten import ATEN, ATEN_OVERLOADS_REFUSED
-from mono_quant_fx.checked_calls import CHECKED
 from mono_quant_fx.errors import GraphFormatError
 from mono_quant_fx.functionalization import pure_writes
-from mono_quant_fx.json_values import show
 from mono_quant_fx.ops.registry import NAMESPACE
+from mono_quant_fx.storage.graph_json import allowed_calls
+from mono_quant_fx.storage.graph_json.allowed_aten import ATEN, ATEN_OVERLOADS_REFUSED
+from mono_quant_fx.storage.graph_json.checked_calls import CHECKED
+from mono_quant_fx.storage.graph_json.values import show
 
 _HOMES = MappingProxyType(
     {

@@ -6,7 +6,7 @@ from collections.abc import Container
 from typing import Any
 
 from mono_quant_fx.graph.own_names import is_taken, spoken
-from mono_quant_fx.json_values import need
+from mono_quant_fx.storage.graph_json.values import need
 
 #: Modules inside modules.
 _DEEPEST = 100

@@ -8,8 +8,8 @@ from torch._ops import OpOverload
 
 from mono_quant_fx.errors import NotSelfContainedError
 from mono_quant_fx.functionalization.pure_writes import Method, Through
-from mono_quant_fx.graph_ops import function_name, function_of
-from mono_quant_fx.json_values import fields, need
+from mono_quant_fx.storage.graph_json.calls import function_name, function_of
+from mono_quant_fx.storage.graph_json.values import fields, need
 
 #: Views that stay within their tensor and keep its type: `view` may take bytes for another one.
 _WORDS = "diagonal expand imag narrow permute real select slice transpose unflatten unfold unsqueeze"
