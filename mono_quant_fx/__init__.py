@@ -62,7 +62,7 @@ from mono_quant_fx.pass_html import PassChange
 from mono_quant_fx.pipelines import default_pipeline
 from mono_quant_fx.storage.loading import load
 from mono_quant_fx.storage.result import QuantizationResult, save
-from mono_quant_fx.streaming import CheckpointReport, quantize_checkpoint
+from mono_quant_fx.streaming.quantize_checkpoint import CheckpointReport, quantize_checkpoint
 from mono_quant_fx.version import __version__ as __version__
 
 __all__ = [

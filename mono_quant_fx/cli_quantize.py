@@ -17,7 +17,7 @@ from mono_quant_fx.compiler import quantize
 from mono_quant_fx.config import QuantConfig
 from mono_quant_fx.graph.tensors import named_tensors
 from mono_quant_fx.storage.result import save
-from mono_quant_fx.streaming import quantize_checkpoint
+from mono_quant_fx.streaming.quantize_checkpoint import quantize_checkpoint
 
 
 def run_quantize(options: argparse.Namespace) -> tuple[Report, str | None]:

@@ -11,9 +11,9 @@ from mono_quant_fx.errors import ConfigError
 from mono_quant_fx.execution.run import Progress
 from mono_quant_fx.files.resumable_folder import PartialFolder
 from mono_quant_fx.files.writer import TensorWriter
-from mono_quant_fx.shard_plan import Shard
-from mono_quant_fx.stream_job import Job
-from mono_quant_fx.weight_stream import WeightStream
+from mono_quant_fx.streaming.blocks import WeightStream
+from mono_quant_fx.streaming.job import Job
+from mono_quant_fx.streaming.shards import Shard
 
 #: (tensors done, of how many, bytes read, of how many)
 Told = Callable[[int, int, int, int], Any]

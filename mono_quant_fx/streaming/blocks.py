@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from mono_quant_fx.accuracy.weight_figures import weight_errors
-from mono_quant_fx.checkpoint import Checkpoint
 from mono_quant_fx.files.writer import TensorWriter
 from mono_quant_fx.graph.annotation import QuantAnnotation
 from mono_quant_fx.graph.codes import codes_of
 from mono_quant_fx.numerics import affine
 from mono_quant_fx.numerics.error import ErrorSum
-from mono_quant_fx.shard_plan import Shard
 from mono_quant_fx.storage.saving import DIGESTS
-from mono_quant_fx.workers import Workers
+from mono_quant_fx.streaming.shards import Shard
+from mono_quant_fx.streaming.source import Checkpoint
+from mono_quant_fx.streaming.workers import Workers
 
 #: Elements of a weight that one thread has in memory at a time, where its layout allows it. Small enough for malloc to
 #: keep what is freed: from 32 MiB on it goes back to the system each time, and comes again page by page.

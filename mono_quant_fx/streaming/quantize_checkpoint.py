@@ -17,8 +17,8 @@ from mono_quant_fx.config import QuantConfig
 from mono_quant_fx.errors import AccuracyError, ConfigError
 from mono_quant_fx.pipelines import needs_data
 from mono_quant_fx.process.surroundings import in_plain_surroundings
-from mono_quant_fx.stream_files import Bar, Told, into_file, into_folder
-from mono_quant_fx.stream_job import prepare
+from mono_quant_fx.streaming.job import prepare
+from mono_quant_fx.streaming.output import Bar, Told, into_file, into_folder
 
 FILE = ".safetensors"
 

@@ -16,7 +16,6 @@ from mono_quant_fx.accuracy.findings import check_accuracy_warnings
 from mono_quant_fx.accuracy.info import QuantizationInfo, info_of
 from mono_quant_fx.accuracy.measure import weights_table
 from mono_quant_fx.accuracy.table import AccuracyTable
-from mono_quant_fx.checkpoint import Checkpoint, match
 from mono_quant_fx.config import QuantConfig
 from mono_quant_fx.errors import CaptureError
 from mono_quant_fx.files.folder import open_tensors
@@ -29,9 +28,10 @@ from mono_quant_fx.pass_base import Pipeline
 from mono_quant_fx.passes import CodeAttachment, SkipAnnotation
 from mono_quant_fx.passes.code_attachment import GivenCodes
 from mono_quant_fx.pipelines import lowering
-from mono_quant_fx.shard_plan import Shard, own_annotations, plan_shards
 from mono_quant_fx.storage.result import QuantizationResult
 from mono_quant_fx.storage.saving import KEY, Stored, header_of, stored_tensors, versions
+from mono_quant_fx.streaming.shards import Shard, own_annotations, plan_shards
+from mono_quant_fx.streaming.source import Checkpoint, match
 
 #: A figure whose text is as long as one can be.
 _LONGEST = -1.2345678901234567e-300
