@@ -48,11 +48,11 @@ from mono_quant_fx.errors import (
 )
 from mono_quant_fx.explain import explain
 from mono_quant_fx.explanation import Chapter, Explanation
-from mono_quant_fx.export_compressed_tensors import export_compressed_tensors
 from mono_quant_fx.frontend.capture import capture
 from mono_quant_fx.graph.provenance import Step, history
 from mono_quant_fx.graph.text import diff_graphs, format_graph
-from mono_quant_fx.import_compressed_tensors import import_compressed_tensors
+from mono_quant_fx.interop.exporting import export_compressed_tensors
+from mono_quant_fx.interop.importing import import_compressed_tensors
 from mono_quant_fx.numerics.affine import QuantizedWeight, quantize_weight_int4
 from mono_quant_fx.numerics.error import max_abs_error, relative_error, sqnr_db
 from mono_quant_fx.ops.linear_module import QuantizedLinearInt4

@@ -6,7 +6,7 @@ import argparse
 
 from mono_quant_fx.cli_inputs import make_model
 from mono_quant_fx.cli_text import CommandError, size
-from mono_quant_fx.export_compressed_tensors import export_compressed_tensors
+from mono_quant_fx.interop.exporting import export_compressed_tensors
 from mono_quant_fx.storage.loading import load
 
 

@@ -14,7 +14,7 @@ from torch import nn
 import mono_quant_fx as mq
 from mono_quant_fx.cli import main
 from mono_quant_fx.files.reader import TensorFile, write_tensors
-from mono_quant_fx.foreign_packing import pack_zero_points
+from mono_quant_fx.interop.packing import pack_zero_points
 from mono_quant_fx.storage.saving import KEY
 from tests.checkpoint_models import IDS, skeleton
 from tests.test_import_compressed_tensors import export, foreign_folder, put, reconfigure, rewrite

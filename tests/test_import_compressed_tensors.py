@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import mono_quant_fx as mq
-from mono_quant_fx import foreign_packing
 from mono_quant_fx.files.checkpoint_files import Checkpoint
-from mono_quant_fx.foreign_weights import Reader, Wanted
 from mono_quant_fx.graph.annotation import annotated
+from mono_quant_fx.interop import packing
+from mono_quant_fx.interop.foreign_weight import Reader, Wanted
 from mono_quant_fx.numerics import affine
 from tests.checkpoint_models import IDS, Model, skeleton
 
@@ -184,9 +184,9 @@ def test_gptq_words_mean_what_the_format_says(n8, groups, size8, seed, bits, off
     scales = torch.rand(groups, n, generator=generator)
     runs = torch.randperm(groups, generator=generator) if shuffled else torch.arange(groups)
     g_idx = runs.repeat_interleave(size).to(torch.int32)
-    order = foreign_packing.group_order(g_idx, groups)
+    order = packing.group_order(g_idx, groups)
     assert torch.equal(order, runs)
-    stored = foreign_packing.from_gptq(qweight, qzeros, scales, order if shuffled else None, bits, offset)
+    stored = packing.from_gptq(qweight, qzeros, scales, order if shuffled else None, bits, offset)
     ours = affine.dequantize_weight(stored, size if bits == 4 else -1, k)
     assert torch.equal(ours, published_gptq(qweight, qzeros, scales, g_idx, bits, offset).t())
 
@@ -198,7 +198,7 @@ def test_awq_words_mean_what_the_format_says(n8, groups, size8, seed):
     n, k = 8 * n8, groups * size8 * 8
     qweight, qzeros = words(generator, k, n // 8), words(generator, groups, n // 8)
     scales = torch.rand(groups, n, generator=generator)
-    stored = foreign_packing.from_awq(qweight, qzeros, scales)
+    stored = packing.from_awq(qweight, qzeros, scales)
     assert torch.equal(affine.dequantize_weight(stored, size8 * 8, k), published_awq(qweight, qzeros, scales).t())
 
 
@@ -207,9 +207,9 @@ def test_awq_words_mean_what_the_format_says(n8, groups, size8, seed):
 def test_zero_points_pack_and_unpack(n, groups, seed):
     generator = torch.Generator().manual_seed(seed)
     zero = torch.randint(-8, 8, (n, groups), generator=generator).to(torch.int8)
-    packed = foreign_packing.pack_zero_points(zero)
+    packed = packing.pack_zero_points(zero)
     assert packed.shape == (-(-n // 8), groups) and packed.dtype == torch.int32
-    assert torch.equal(foreign_packing.unpack_zero_points(packed, n), zero)
+    assert torch.equal(packing.unpack_zero_points(packed, n), zero)
 
 
 def foreign_folder(folder, method, group_size=32, **config):

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mono_quant_fx.compressed_tensors_config import INT, MIXED, PACKED
 from mono_quant_fx.errors import CheckpointError
+from mono_quant_fx.interop.quantization_config import INT, MIXED, PACKED
 
 _FORMATS = (PACKED, INT, MIXED, "naive-quantized")
 _STRATEGIES = ("group", "channel", "tensor")

@@ -10,8 +10,16 @@ from torch import Tensor
 
 from mono_quant_fx.config import QuantScheme
 from mono_quant_fx.errors import CheckpointError
-from mono_quant_fx.foreign_packing import from_awq, from_gptq, group_order, unpack_words
-from mono_quant_fx.foreign_tensors import PERMUTED, Grouping, StoredWeight, Tensors, Wanted, grouping_of, scheme_of
+from mono_quant_fx.interop.foreign_tensors import (
+    PERMUTED,
+    Grouping,
+    StoredWeight,
+    Tensors,
+    Wanted,
+    grouping_of,
+    scheme_of,
+)
+from mono_quant_fx.interop.packing import from_awq, from_gptq, group_order, unpack_words
 
 #: What the tools call the same thing.
 _NAMES = {

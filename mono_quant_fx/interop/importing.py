@@ -17,12 +17,12 @@ from mono_quant_fx.config import QuantConfig, QuantScheme
 from mono_quant_fx.errors import CheckpointError
 from mono_quant_fx.execution.batch import to_batch
 from mono_quant_fx.files.checkpoint_files import Checkpoint
-from mono_quant_fx.foreign_weights import Reader, StoredWeight, Wanted
 from mono_quant_fx.frontend.capture import capture
 from mono_quant_fx.frontend.record import graph_names
 from mono_quant_fx.graph.annotation import annotated
 from mono_quant_fx.graph.tensors import attach, clone, get_attribute, is_persistent, named_tensors
 from mono_quant_fx.graph.weight_ops import find_weights, matrix_shape
+from mono_quant_fx.interop.foreign_weight import Reader, StoredWeight, Wanted
 from mono_quant_fx.numerics.affine import QuantizedWeight
 from mono_quant_fx.pass_base import Pipeline
 from mono_quant_fx.passes import CodeAttachment, SkipAnnotation

@@ -12,15 +12,15 @@ from torch import Tensor, fx, nn
 
 from mono_quant_fx import ops
 from mono_quant_fx.checks import whole
-from mono_quant_fx.compressed_tensors_config import Layer, quantization_config
 from mono_quant_fx.errors import CheckpointError, PreconditionError
 from mono_quant_fx.files.checkpoint_files import CONFIG, read_json, write_checkpoint
-from mono_quant_fx.foreign_packing import pack_zero_points
 from mono_quant_fx.graph.annotation import QuantAnnotation, WeightUser, annotated, stored_weight
 from mono_quant_fx.graph.merging import LinearCall
 from mono_quant_fx.graph.own_names import own_name
 from mono_quant_fx.graph.tensors import get_attribute, op_name
 from mono_quant_fx.graph.weight_ops import matrix_shape
+from mono_quant_fx.interop.packing import pack_zero_points
+from mono_quant_fx.interop.quantization_config import Layer, quantization_config
 from mono_quant_fx.process.surroundings import in_plain_surroundings
 from mono_quant_fx.storage.result import QuantizationResult
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from mono_quant_fx.compressed_tensors_groups import Found, read_config
 from mono_quant_fx.errors import CheckpointError
 from mono_quant_fx.files.checkpoint_files import CONFIG, Checkpoint
-from mono_quant_fx.foreign_compressed import read_int8, read_packed
-from mono_quant_fx.foreign_gptq import check_config, compare_configs, read_awq, read_gptq
-from mono_quant_fx.foreign_tensors import StoredWeight, Tensors, Wanted
+from mono_quant_fx.interop.compressed_weight import read_int8, read_packed
+from mono_quant_fx.interop.config_groups import Found, read_config
+from mono_quant_fx.interop.foreign_tensors import StoredWeight, Tensors, Wanted
+from mono_quant_fx.interop.gptq_weight import check_config, compare_configs, read_awq, read_gptq
 
 __all__ = ["Reader", "StoredWeight", "Wanted"]
 

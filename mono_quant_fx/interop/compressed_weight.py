@@ -5,11 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mono_quant_fx.compressed_tensors_config import INT, PACKED
-from mono_quant_fx.compressed_tensors_groups import Found, Group
 from mono_quant_fx.config import QuantScheme
-from mono_quant_fx.foreign_packing import from_packed, group_order, unpack_zero_points
-from mono_quant_fx.foreign_tensors import PERMUTED, Grouping, StoredWeight, Tensors, Wanted, grouping_of, scheme_of
+from mono_quant_fx.interop.config_groups import Found, Group
+from mono_quant_fx.interop.foreign_tensors import (
+    PERMUTED,
+    Grouping,
+    StoredWeight,
+    Tensors,
+    Wanted,
+    grouping_of,
+    scheme_of,
+)
+from mono_quant_fx.interop.packing import from_packed, group_order, unpack_zero_points
+from mono_quant_fx.interop.quantization_config import INT, PACKED
 from mono_quant_fx.numerics.affine import QuantizedWeight, num_groups
 
 _WAY_OUT = "one of the two is wrong: correct the config if it is that, or quantize again"

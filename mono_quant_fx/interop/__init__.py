@@ -1,0 +1,1 @@
+"""Other packages' folders: compressed-tensors, GPTQ and AWQ in, compressed-tensors out."""
