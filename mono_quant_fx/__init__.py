@@ -19,8 +19,6 @@ from mono_quant_fx.calibration.observers import (
     PercentileObserver,
     create_observer,
 )
-from mono_quant_fx.compile_backend import CompileBackend, compile_backend
-from mono_quant_fx.compile_report import CompiledGraph, CompileReport
 from mono_quant_fx.compiler import quantize
 from mono_quant_fx.config import DEFAULT_INT4_SKIP, QuantConfig, QuantScheme
 from mono_quant_fx.dequantize_model import dequantize_model
@@ -63,6 +61,8 @@ from mono_quant_fx.pipelines import default_pipeline
 from mono_quant_fx.storage.loading import load
 from mono_quant_fx.storage.result import QuantizationResult, save
 from mono_quant_fx.streaming.quantize_checkpoint import CheckpointReport, quantize_checkpoint
+from mono_quant_fx.torch_compile.backend import CompileBackend, compile_backend
+from mono_quant_fx.torch_compile.report import CompiledGraph, CompileReport
 from mono_quant_fx.version import __version__ as __version__
 
 __all__ = [

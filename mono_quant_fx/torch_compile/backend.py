@@ -16,10 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from mono_quant_fx.compile_report import CompileReport, Ledger
 from mono_quant_fx.config import QuantConfig
-from mono_quant_fx.dynamo_frames import Fallback, ensure_listening, listen
-from mono_quant_fx.dynamo_graph import lift, rebind
 from mono_quant_fx.errors import ConfigError, PerformanceWarning
 from mono_quant_fx.graph import tensors
 from mono_quant_fx.graph.annotation import QuantAnnotation, annotated, pending
@@ -28,7 +25,10 @@ from mono_quant_fx.pass_base import Pipeline
 from mono_quant_fx.passes import CodeAttachment, SkipAnnotation
 from mono_quant_fx.passes.code_attachment import GivenCodes
 from mono_quant_fx.pipelines import lowering, needs_data
-from mono_quant_fx.shared_codes import Entry, SharedCodes
+from mono_quant_fx.torch_compile.frames import Fallback, ensure_listening, listen
+from mono_quant_fx.torch_compile.lifting import lift, rebind
+from mono_quant_fx.torch_compile.report import CompileReport, Ledger
+from mono_quant_fx.torch_compile.shared_codes import Entry, SharedCodes
 
 #: The reason of a weight that may be trained: codes have no gradient.
 TRAINED = "it requires gradients; torch.no_grad() or requires_grad_(False) lets it be quantized"

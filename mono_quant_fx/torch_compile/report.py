@@ -18,12 +18,12 @@ from mono_quant_fx.accuracy.judging import with_statuses
 from mono_quant_fx.accuracy.row import AccuracyRow, db, kib
 from mono_quant_fx.accuracy.weight_figures import WeightFigures, rows_of
 from mono_quant_fx.config import QuantConfig
-from mono_quant_fx.dynamo_frames import Fallback, current_frame, limits_hit
 from mono_quant_fx.graph import tensors
 from mono_quant_fx.graph.annotation import QuantAnnotation, annotated
 from mono_quant_fx.graph.skip_rules import Known, matching_patterns, unmatched_patterns
 from mono_quant_fx.graph.weight_ops import find_weights, hidden_weights
-from mono_quant_fx.shared_codes import Entry
+from mono_quant_fx.torch_compile.frames import Fallback, current_frame, limits_hit
+from mono_quant_fx.torch_compile.shared_codes import Entry
 
 #: Column -> alignment.
 COLUMNS = {
