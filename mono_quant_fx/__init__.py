@@ -22,7 +22,6 @@ from mono_quant_fx.calibration.observers import (
 from mono_quant_fx.compiler import quantize
 from mono_quant_fx.config import DEFAULT_INT4_SKIP, QuantConfig, QuantScheme
 from mono_quant_fx.dequantize_model import dequantize_model
-from mono_quant_fx.draw import Drawing, draw, draw_diff
 from mono_quant_fx.errors import (
     AccuracyError,
     CalibrationError,
@@ -44,8 +43,6 @@ from mono_quant_fx.errors import (
     UnknownNameError,
     WeightError,
 )
-from mono_quant_fx.explain import explain
-from mono_quant_fx.explanation import Chapter, Explanation
 from mono_quant_fx.frontend.capture import capture
 from mono_quant_fx.graph.provenance import Step, history
 from mono_quant_fx.graph.text import diff_graphs, format_graph
@@ -58,6 +55,9 @@ from mono_quant_fx.ops.native import Kernels, kernels
 from mono_quant_fx.pass_base import Pass, PassResult, Pipeline
 from mono_quant_fx.pass_html import PassChange
 from mono_quant_fx.pipelines import default_pipeline
+from mono_quant_fx.reports.drawing import Drawing, draw, draw_diff
+from mono_quant_fx.reports.explaining import explain
+from mono_quant_fx.reports.explanation import Chapter, Explanation
 from mono_quant_fx.storage.loading import load
 from mono_quant_fx.storage.result import QuantizationResult, save
 from mono_quant_fx.streaming.quantize_checkpoint import CheckpointReport, quantize_checkpoint

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 import mono_quant_fx as mq
-from mono_quant_fx.draw import _depth, _opened
-from mono_quant_fx.draw_facts import collect_facts
-from mono_quant_fx.draw_svg import Canvas, number
-from mono_quant_fx.draw_tree import CROWD, build_tree
+from mono_quant_fx.reports.boxes import CROWD, build_tree
+from mono_quant_fx.reports.drawing import _depth, _opened
+from mono_quant_fx.reports.facts import collect_facts
+from mono_quant_fx.reports.svg import Canvas, number
 from tests.models import MLP
 from tests.test_pass_base import ReluToTanh
 

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import mono_quant_fx as mq
-from mono_quant_fx.code_summary import summarize
 from mono_quant_fx.graph import tensors
+from mono_quant_fx.reports.code_summary import summarize
 from tests.harness import Snapshot
 from tests.models import MLP, ConvNet, Reused, TiedLM
 

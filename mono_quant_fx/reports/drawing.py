@@ -13,12 +13,12 @@ from pathlib import Path
 from torch import fx
 
 from mono_quant_fx.accuracy.table import AccuracyTable
-from mono_quant_fx.draw_facts import collect_facts, folded_into
-from mono_quant_fx.draw_svg import Canvas
-from mono_quant_fx.draw_tree import Box, build_tree
 from mono_quant_fx.errors import ConfigError
 from mono_quant_fx.graph.tensors import need_graph
 from mono_quant_fx.graph.text import diff_graphs, format_graph, format_node
+from mono_quant_fx.reports.boxes import Box, build_tree
+from mono_quant_fx.reports.facts import collect_facts, folded_into
+from mono_quant_fx.reports.svg import Canvas
 from mono_quant_fx.web.page import Shown, asset, details, escape, frame
 
 MAX_BOXES = 60

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from mono_quant_fx.draw_facts import Facts
+from mono_quant_fx.reports.facts import Facts
 from mono_quant_fx.web.layout import Arrangement, arrange
 
 #: A group with more boxes than this is cut into runs of at most CHUNK.

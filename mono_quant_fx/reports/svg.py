@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Collection
 
-from mono_quant_fx.draw_tree import CHAR, HEAD, LINE, PAD, Box
+from mono_quant_fx.reports.boxes import CHAR, HEAD, LINE, PAD, Box
 from mono_quant_fx.web.layout import Placement, Wire, place
 from mono_quant_fx.web.page import asset, escape
 from mono_quant_fx.web.table import STATUSES

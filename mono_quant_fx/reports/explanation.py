@@ -5,8 +5,8 @@ from __future__ import annotations
 import html
 from dataclasses import dataclass
 
-from mono_quant_fx.code_summary import CodeSummary
 from mono_quant_fx.graph.provenance import Step
+from mono_quant_fx.reports.code_summary import CodeSummary
 
 
 @dataclass(frozen=True)

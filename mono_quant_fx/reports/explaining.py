@@ -13,18 +13,18 @@ from torch import fx
 
 from mono_quant_fx.accuracy.row import AccuracyRow, db
 from mono_quant_fx.accuracy.table import AccuracyTable
-from mono_quant_fx.code_summary import CodeSummary, summarize
 from mono_quant_fx.errors import ConfigError, PreconditionError, UnknownNameError
-from mono_quant_fx.explanation import Chapter, Explanation
 from mono_quant_fx.graph.annotation import ObservedInput, QuantAnnotation, annotated, stored_weight
 from mono_quant_fx.graph.own_names import own_name
 from mono_quant_fx.graph.provenance import Step, history
 from mono_quant_fx.graph.tensors import get_tensor, module_path, module_stack, op_name
+from mono_quant_fx.reports.code_summary import CodeSummary, summarize
+from mono_quant_fx.reports.explanation import Chapter, Explanation
 from mono_quant_fx.storage.result import QuantizationResult
 
 Fact = tuple[str, str]
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in [^\n]*\n\s*([^\n]*)')
-_NOT_THE_USERS = tuple(str(Path(str(m)).parent) for m in (torch.__file__, __file__))
+_NOT_THE_USERS = tuple(map(str, (Path(str(torch.__file__)).parent, Path(__file__).parents[1])))
 
 
 def explain(source: fx.GraphModule | QuantizationResult, name: str, table: AccuracyTable | None = None) -> Explanation:
