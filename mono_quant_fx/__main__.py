@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from mono_quant_fx.cli import main
+from mono_quant_fx.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -213,7 +213,7 @@ def test_only_torch_safetensors_and_tabulate_are_needed():
     for path in SOURCES:
         names = outside_imports(path)
         assert not [n for n in names if n.startswith(("torch.ao", "torch.quantization"))], "deprecated"
-        extra = {"tokenizers"} if path.name == "demo_model.py" else set()  # the extra [demo]
+        extra = {"tokenizers"} if path.name == "cli/demo_model.py" else set()  # the extra [demo]
         assert {n.split(".")[0] for n in names} <= allowed | extra, path
 
 

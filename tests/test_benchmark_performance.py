@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 
-from mono_quant_fx.demo_model import MiniLM
+from mono_quant_fx.cli.demo_model import MiniLM
 from tests.benchmarks import decode, linear, performance_page, timing
 from tests.benchmarks.contestants import Kind, Language, Sentences, Steps, kinds
 from tests.benchmarks.linear_peers import ATEN, BF16, FP32, PEERS, Peer, Shape, prepare

@@ -22,10 +22,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 import mono_quant_fx as mq
-from mono_quant_fx import cli, cli_options
-from mono_quant_fx.cli import main
-from mono_quant_fx.cli_compare import change, differences, loss_verdict
-from mono_quant_fx.cli_text import FORMATS, CommandError, printable
+from mono_quant_fx.cli import main as cli
+from mono_quant_fx.cli.compare import change, differences, loss_verdict
+from mono_quant_fx.cli.main import main
+from mono_quant_fx.cli.options import field_helps
+from mono_quant_fx.cli.rendering import FORMATS, CommandError, printable
 from mono_quant_fx.files.reader import TensorFile, TensorWriter
 from mono_quant_fx.storage import saving
 from tests.tensor_file_mutants import mutants
@@ -203,7 +204,7 @@ def test_an_example_and_tied_names_that_the_file_lacks(tmp_path, capsys):
 
 
 def test_every_setting_is_an_option_with_a_help():
-    helps = cli_options.field_helps()
+    helps = field_helps()
     assert helps.keys() == mq.QuantConfig.__dataclass_fields__.keys() and all(len(text) > 10 for text in helps.values())
 
 
@@ -725,7 +726,7 @@ def test_a_closed_pipe_and_a_full_disk(work):
 
 def test_the_console_script_is_this_main():
     text = (ROOT / "pyproject.toml").read_text()
-    assert re.search(r'^\[project.scripts\]\nmono-quant-fx = "mono_quant_fx.cli:main"$', text, re.MULTILINE)
+    assert re.search(r'^\[project.scripts\]\nmono-quant-fx = "mono_quant_fx.cli.main:main"$', text, re.MULTILINE)
     assert cli.main is main
 
 

@@ -12,8 +12,8 @@ from importlib.resources import files
 import pytest
 
 import mono_quant_fx as mq
-from mono_quant_fx import demo
 from mono_quant_fx.__main__ import main
+from mono_quant_fx.cli import demo
 from tests.real_models import minilm, package_folder
 
 

@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 import mono_quant_fx as mq
-from mono_quant_fx import cli
-from mono_quant_fx.cli_inputs import load_checkpoint, read_checkpoint
-from mono_quant_fx.cli_text import CommandError
+from mono_quant_fx.cli import main
+from mono_quant_fx.cli.inputs import load_checkpoint, read_checkpoint
+from mono_quant_fx.cli.rendering import CommandError
 from mono_quant_fx.files.checkpoint_files import Checkpoint
 from mono_quant_fx.files.folder import INDEX, SINGLE, open_tensors
 from mono_quant_fx.files.reader import TensorFile
@@ -244,7 +244,7 @@ def test_complex_weights_have_rows_and_files_hold_them(method, tmp_path, capsys)
         assert file.entries["phase"].dtype is torch.complex64
     for again in (mq.load(tmp_path / "a.safetensors"), mq.load(tmp_path / "a.safetensors", Spectral().eval())):
         assert torch.equal(again.graph_module(x), result.graph_module(x)) and again.accuracy == result.accuracy
-    assert cli.main(["verify", str(tmp_path / "a.safetensors")]) == 0
+    assert main.main(["verify", str(tmp_path / "a.safetensors")]) == 0
 
 
 def test_a_complex_checkpoint_is_streamed(tmp_path):

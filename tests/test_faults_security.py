@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 
 import mono_quant_fx as mq
-from mono_quant_fx.cli import main
+from mono_quant_fx.cli.main import main
 from mono_quant_fx.files.reader import TensorFile, write_tensors
 from mono_quant_fx.storage.graph_json import calls
 from mono_quant_fx.storage.graph_json.checked_calls import CHECKED

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import mono_quant_fx as mq
-from mono_quant_fx.cli import main
+from mono_quant_fx.cli.main import main
 from mono_quant_fx.files.reader import TensorFile, write_tensors
 from mono_quant_fx.interop.packing import pack_zero_points
 from mono_quant_fx.storage.saving import KEY

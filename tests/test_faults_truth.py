@@ -12,7 +12,7 @@ from torch.nn.utils import prune
 import mono_quant_fx as mq
 from mono_quant_fx.accuracy import judging
 from mono_quant_fx.accuracy.row import AccuracyRow
-from mono_quant_fx.cli import main
+from mono_quant_fx.cli.main import main
 from mono_quant_fx.files.reader import write_tensors
 from mono_quant_fx.numerics import affine
 from mono_quant_fx.numerics.normal_weights import normal_sqnr_db

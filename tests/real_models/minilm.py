@@ -7,7 +7,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from mono_quant_fx.demo_model import Encode, MiniLM, embed, load_minilm
+from mono_quant_fx.cli.demo_model import Encode, MiniLM, embed, load_minilm
 from tests import real_models
 from tests.real_models import data_lines, package_folder
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from mono_quant_fx.accuracy.row import AccuracyRow, db, kib
 from mono_quant_fx.accuracy.table import AccuracyTable
-from mono_quant_fx.cli_text import CommandError, Grid, Report, printable
+from mono_quant_fx.cli.rendering import CommandError, Grid, Report, printable
 from mono_quant_fx.files.reader import TensorFile
 from mono_quant_fx.storage.loading import read_header
 

@@ -10,7 +10,7 @@ from typing import Any
 from mono_quant_fx.accuracy.info import QuantizationInfo
 from mono_quant_fx.accuracy.row import AccuracyRow, kib
 from mono_quant_fx.accuracy.table import AccuracyTable
-from mono_quant_fx.cli_text import CommandError, Grid, Part, Report, cleaned, printable, size
+from mono_quant_fx.cli.rendering import CommandError, Grid, Part, Report, cleaned, printable, size
 from mono_quant_fx.config import QuantConfig
 from mono_quant_fx.files.header import DTYPE_NAMES
 from mono_quant_fx.files.json_records import to_plain

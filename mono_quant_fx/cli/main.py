@@ -14,14 +14,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mono_quant_fx import demo
-from mono_quant_fx.cli_compare import compare_report, loss_verdict, read_table
-from mono_quant_fx.cli_export import run_export
-from mono_quant_fx.cli_options import add_config_options
-from mono_quant_fx.cli_quantize import run_quantize
-from mono_quant_fx.cli_report import THRESHOLD, inspect_file, verdict
-from mono_quant_fx.cli_streams import flush_streams, open_closed_streams, say
-from mono_quant_fx.cli_text import FORMATS, PROGRAM, CommandError, Grid, Report, printable
+from mono_quant_fx.cli import demo
+from mono_quant_fx.cli.compare import compare_report, loss_verdict, read_table
+from mono_quant_fx.cli.export import run_export
+from mono_quant_fx.cli.inspecting import THRESHOLD, inspect_file, verdict
+from mono_quant_fx.cli.options import add_config_options
+from mono_quant_fx.cli.quantize import run_quantize
+from mono_quant_fx.cli.rendering import FORMATS, PROGRAM, CommandError, Grid, Report, printable
+from mono_quant_fx.cli.streams import flush_streams, open_closed_streams, say
 from mono_quant_fx.errors import AccuracyError
 from mono_quant_fx.files.reader import TensorFile
 from mono_quant_fx.storage.verification import verify_file

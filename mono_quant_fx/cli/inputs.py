@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mono_quant_fx.cli_text import CommandError, printable
+from mono_quant_fx.cli.rendering import CommandError, printable
 from mono_quant_fx.files.folder import open_tensors
 from mono_quant_fx.files.kinds import PICKLED, START, kind_of
 from mono_quant_fx.files.reader import TensorFile

@@ -10,8 +10,8 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
+from mono_quant_fx.cli.demo_model import Encode, embed, load_minilm
 from mono_quant_fx.compiler import quantize
-from mono_quant_fx.demo_model import Encode, embed, load_minilm
 from mono_quant_fx.errors import ConfigError
 from mono_quant_fx.storage.result import QuantizationResult
 
@@ -67,7 +67,7 @@ def _batches(encode: Encode, texts: Sequence[str]) -> list[tuple[Tensor, Tensor]
 
 def read_senses(use: str) -> list[Sense]:
     """The sentences that come with the package: those of use "calibration" or of use "evaluation", never both."""
-    text = (files("mono_quant_fx") / "demo_sentences.tsv").read_text(encoding="utf-8")
+    text = (files("mono_quant_fx.cli") / "demo_sentences.tsv").read_text(encoding="utf-8")
     rows = (line.split("\t") for line in text.splitlines() if not line.startswith("#"))
     return [Sense(word, definition) for kind, word, definition in rows if kind == use]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from mono_quant_fx.cli_inputs import make_model
-from mono_quant_fx.cli_text import CommandError, size
+from mono_quant_fx.cli.inputs import make_model
+from mono_quant_fx.cli.rendering import CommandError, size
 from mono_quant_fx.interop.exporting import export_compressed_tensors
 from mono_quant_fx.storage.loading import load
 

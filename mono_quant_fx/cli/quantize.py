@@ -9,10 +9,10 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from mono_quant_fx.cli_inputs import batches, load_checkpoint, make_model, read_inputs
-from mono_quant_fx.cli_options import config_fields
-from mono_quant_fx.cli_report import model_report, result_report, verdict
-from mono_quant_fx.cli_text import CommandError, Report
+from mono_quant_fx.cli.inputs import batches, load_checkpoint, make_model, read_inputs
+from mono_quant_fx.cli.inspecting import model_report, result_report, verdict
+from mono_quant_fx.cli.options import config_fields
+from mono_quant_fx.cli.rendering import CommandError, Report
 from mono_quant_fx.compiler import quantize
 from mono_quant_fx.config import QuantConfig
 from mono_quant_fx.graph.tensors import named_tensors

@@ -1,0 +1,1 @@
+"""The command line, mono-quant-fx COMMAND, and the demo."""
