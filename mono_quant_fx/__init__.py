@@ -21,7 +21,6 @@ from mono_quant_fx.calibration.observers import (
 )
 from mono_quant_fx.compiler import quantize
 from mono_quant_fx.config import DEFAULT_INT4_SKIP, QuantConfig, QuantScheme
-from mono_quant_fx.dequantize_model import dequantize_model
 from mono_quant_fx.errors import (
     AccuracyError,
     CalibrationError,
@@ -53,7 +52,8 @@ from mono_quant_fx.numerics.error import max_abs_error, relative_error, sqnr_db
 from mono_quant_fx.ops.linear_module import QuantizedLinearInt4
 from mono_quant_fx.ops.native import Kernels, kernels
 from mono_quant_fx.pass_base import Pass, PassResult, Pipeline
-from mono_quant_fx.pass_html import PassChange
+from mono_quant_fx.pass_change import PassChange
+from mono_quant_fx.passes.dequantization import dequantize_model
 from mono_quant_fx.pipelines import default_pipeline
 from mono_quant_fx.reports.drawing import Drawing, draw, draw_diff
 from mono_quant_fx.reports.explaining import explain

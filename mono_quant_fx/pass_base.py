@@ -16,12 +16,12 @@ from typing import Any, ClassVar
 
 from torch import fx
 
-from mono_quant_fx import pass_html
+from mono_quant_fx import pass_change
 from mono_quant_fx.errors import ConfigError, MonoQuantError, PassError, PostconditionError, PreconditionError
 from mono_quant_fx.graph import provenance, tensors
 from mono_quant_fx.graph.annotation import drop_gone_users
 from mono_quant_fx.graph.fingerprint import fingerprint
-from mono_quant_fx.pass_html import PassChange
+from mono_quant_fx.pass_change import PassChange
 from mono_quant_fx.process.surroundings import in_plain_surroundings
 
 
@@ -37,10 +37,10 @@ class PassResult:
     changes: tuple[PassChange, ...] = field(default=(), repr=False, compare=False)
 
     def _repr_html_(self) -> str:
-        return pass_html.result_html(self.modified, self.changes)
+        return pass_change.result_html(self.modified, self.changes)
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
-        printer.text(pass_html.result_text(self.modified, self.changes))
+        printer.text(pass_change.result_text(self.modified, self.changes))
 
 
 class Pass(ABC):
@@ -169,7 +169,7 @@ class Pipeline:
         return PassResult(current, modified, changes)
 
     def _repr_html_(self) -> str:
-        return pass_html.pipeline_html(self.passes)
+        return pass_change.pipeline_html(self.passes)
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
-        printer.text(pass_html.pipeline_text(self.passes))
+        printer.text(pass_change.pipeline_text(self.passes))

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import mono_quant_fx as mq
-from mono_quant_fx.pass_html import option_text
+from mono_quant_fx.pass_change import option_text
 from mono_quant_fx.web.page import asset, escape
 from tests.models import MLP
 from tests.test_pass_base import Note, ReluToTanh
