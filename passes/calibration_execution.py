@@ -30,8 +30,8 @@ UNSEEN = "no calibration data reached this input"
 class CalibrationExecution(Pass):
     """Feeds the first `num_calibration_samples` of `batches` through the graph, without gradients.
 
-    With algorithm "clip" or "gptq" it also rounds each weight on the way (see calibration/sequential_rounding.py): what comes after a weight
-    sees the rounded one. Nothing is replaced here; codes and statistics go to the annotations.
+    With algorithm "clip" or "gptq" it also rounds each weight on the way (see calibration/sequential_rounding.py): what
+    comes after a weight sees the rounded one. Nothing is replaced here; codes and statistics go to the annotations.
 
     Raises:
         CalibrationError: no data, a batch that does not fit, or an op that fails; names the node and the batch.

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,137 +17,47 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "mono_quant_fx"
 SOURCES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "passes").glob("*.py")])
 
-#: Each layer may import the layers above its own line, and its own. Modules that are not named belong to the last.
-LAYERS = [
-    {
-        "errors",
-        "version",
-        "html",
-        "layout",
-        "ways_out",
-        "surroundings",
-        "this_thread",
-        "tracing_lock",
-        "copying",
-        "file_kinds",
-        "wrapped_names",
-    },
-    {"belongings", "checks", "own_names", "randomness", "records", "tensor_header", "workers"},
-    {"folder_paths"},
-    {"checkpoint_files"},
-    {"tensor_writer"},
-    {"tensor_file"},
-    {"tensor_folder"},
-    {"partial_folder"},
-    {"config"},
-    {"numerics", "metrics", "storage_bytes", "compressed_tensors_config"},
-    {"compressed_tensors_groups"},
-    {"foreign_packing", "foreign_tensors"},
-    {"foreign_compressed", "foreign_gptq"},
-    {"native", "forking"},
-    {"ops"},
-    {"arguments", "free_names"},
-    {"permutations"},
-    {"weight_table"},
-    {"graph", "clip"},
-    {"norm_patterns", "fingerprint", "regions"},
-    {"gptq", "normal_weights"},
-    {"refine"},
-    {"rounding"},
-    {"table_html", "pass_html"},
-    {"calls", "effect_tables", "pure_writes", "untouched", "writable_proxy", "rebinding"},
-    {"effects"},
-    {"annotation", "weight_ops", "data", "state", "value_types", "views", "out_of_place", "lookups", "memory"},
-    {"current_values"},
-    {"inner_graphs", "write_walk"},
-    {"functionalize"},
-    {"codes", "provenance", "noise"},
-    {
-        "rules",
-        "values",
-        "quant_tracer",
-        "twins",
-        "capture_errors",
-        "run",
-        "printing",
-        "bisection_report",
-        "table",
-        "modules",
-        "windows",
-        "layer_inputs",
-        "rewrite",
-        "dynamo_graph",
-        "dynamo_frames",
-        "agreement",
-        "variants",
-        "stopwatch",
-        "aliasing",
-        "outputs",
-        "table_row",
-    },
-    {"collection", "weight_figures", "judging"},
-    {"held_out"},
-    {
-        "tracer",
-        "merging",
-        "draw_facts",
-        "biases",
-        "capture_record",
-        "json_values",
-        "allowed_aten",
-        "allowed_calls",
-        "checked_calls",
-    },
-    {"graph_ops", "tree_json", "leaf_modules", "tensor_table", "guards", "graph_names"},
-    {"call_checks", "stored_writes"},
-    {"graph_writer"},
-    {"graph_reader"},
-    {"graph_json"},
-    {"draw_tree"},
-    {"draw_svg"},
-    {"draw"},
-    {"exporter", "faithfulness", "export_sizes", "observer_base", "kl_divergence"},
-    {"export_ways"},
-    {"histogram"},
-    {"select_observer"},
-    {"observers"},
-    {"carry"},
-    {"sequential"},
-    {"capture_checks"},
-    {"capture", "lockstep", "saving"},
-    {"info"},
-    {"capture_again", "float_graphs", "result", "statements", "shard_plan", "checkpoint"},
-    {"accuracy", "export_compressed_tensors", "foreign_weights"},
-    {"pass_base"},
-    {"bisection"},
-    {"dequantize_model"},
-    {"findings", "coverage", "validation", "shared_codes", "code_summary"},
-    {"explanation"},
-    {"explain"},
-    {"compile_report"},
-    {"passes"},
-    {"pipelines"},
-    {"compiler", "loading", "import_compressed_tensors", "weight_stream"},
-    {"stream_job"},
-    {"stream_files"},
-    {"streaming"},
-    {"compile_backend", "verification"},
-    {"cli_text", "cli_options", "cli_streams"},
-    {"cli_inputs", "cli_report", "cli_compare"},
-    {"cli_quantize", "cli_export"},
-    {"__init__", "__main__", "cli", "demo", "demo_model"},
+#: The tiers, the ground first. A room may import rooms of lower tiers, and along the arrows inside its own tier.
+TIERS = [
+    "errors version files process web pass_change checks config",
+    "numerics ops",
+    "graph functionalization execution pass_base",
+    "frontend calibration accuracy passes pipelines",
+    "storage compiler streaming interop reports torch_compile",
+    "cli __init__ __main__",
 ]
+ARROWS = {
+    "config": "checks errors",
+    "checks": "errors",
+    "files": "errors",
+    "pass_change": "web",
+    "ops": "numerics",
+    "functionalization": "graph",
+    "execution": "graph",
+    "pass_base": "graph",
+    "accuracy": "frontend",
+    "passes": "calibration frontend",
+    "pipelines": "passes",
+    "compiler": "storage",
+    "streaming": "storage",
+    "interop": "storage",
+    "reports": "storage",
+    "__main__": "cli",
+}
+TIER_OF = {room: number for number, rooms in enumerate(TIERS) for room in rooms.split()}
+ROOMS = sorted({path.parent for path in SOURCES if path.parent not in (PACKAGE, ROOT / "passes")})
 
 
-def module_name(path: Path) -> str:
-    """config for mono_quant_fx/config.py, ops for anything in ops/, passes for anything in passes/."""
-    if path.parent.name in ("passes", "ops"):
-        return path.parent.name
-    return path.stem
+def room_of(path: Path) -> str:
+    """The folder in mono_quant_fx/ that a file lies in, passes, or a file of the package's own by its name."""
+    if path.parent == ROOT / "passes":
+        return "passes"
+    parts = path.relative_to(PACKAGE).parts
+    return parts[0] if len(parts) > 1 else path.stem
 
 
 def imports_of(path: Path) -> set[str]:
-    """The project's modules that a file imports, at any depth of the file; "" is the bare package."""
+    """The rooms that a file imports, at any depth of the file; "" is the bare package."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -160,20 +71,45 @@ def imports_of(path: Path) -> set[str]:
     return {n.split(".")[1] if "." in n else "" for n in ours}
 
 
-def layer(name: str) -> int:
-    return next(i for i, names in enumerate(LAYERS) if name in names)
-
-
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_imports_point_one_way(path):
-    own = module_name(path)
-    for name in imports_of(path):
+def test_imports_point_down_or_along_an_arrow(path):
+    own = room_of(path)
+    for room in imports_of(path) - {own}:
         if path == PACKAGE / "__init__.py":
             continue
-        assert name != "", f"{path.name} imports the bare package"
-        assert layer(name) <= layer(own), f"{own} must not import {name}"
-        if own == "passes" and name == "passes":
-            assert path.name == "__init__.py", "a pass never imports another pass"
+        assert room != "", f"{path.name} imports the bare package"
+        down = TIER_OF[room] < TIER_OF[own]
+        assert down or room in ARROWS.get(own, "").split(), f"{own} must not import {room}"
+
+
+def test_the_arrows_inside_a_tier_are_no_circle():
+    for start in ARROWS:
+        seen, left = set(), [start]
+        while left:
+            left += [room for room in ARROWS.get(left.pop(), "").split() if room not in seen and not seen.add(room)]
+        assert start not in seen
+    for room, others in ARROWS.items():
+        assert {TIER_OF[other] for other in others.split()} == {TIER_OF[room]}, "an arrow out of its tier says nothing"
+
+
+def test_a_pass_never_imports_another_pass():
+    for path in (ROOT / "passes").glob("*.py"):
+        assert path.name == "__init__.py" or "passes" not in imports_of(path), path
+
+
+@pytest.mark.parametrize("room", ROOMS, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_a_room_says_what_it_is_for_and_is_packaged(room):
+    words = ast.get_docstring(ast.parse((room / "__init__.py").read_text()))
+    assert words is not None and len(words.split()) >= 8
+    name = ".".join(("mono_quant_fx", *room.relative_to(PACKAGE).parts))
+    assert f'"{name}"' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_the_tiers_of_the_design_page_are_these():
+    page = (ROOT / "docs/design.md").read_text()
+    for rooms in TIERS:
+        for room in rooms.split():
+            assert re.search(rf"\b{room}\b", page), room
 
 
 def outside_imports(path: Path) -> set[str]:

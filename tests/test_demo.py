@@ -128,7 +128,7 @@ def test_the_sentences_do_not_overlap_and_carry_their_license():
     words = [sense.word.lower() for sense in calibration + evaluation]
     definitions = [sense.definition for sense in calibration + evaluation]
     assert len(set(words)) == len(words) and len(set(definitions)) == len(definitions)
-    text = (files("mono_quant_fx") / "demo_sentences.tsv").read_text(encoding="utf-8")
+    text = (files("mono_quant_fx.cli") / "demo_sentences.tsv").read_text(encoding="utf-8")
     for head in (text, minilm.DATA.read_text(encoding="utf-8")):
         assert "# WordNet 3.0 Copyright 2006 by Princeton University. All rights reserved." in head
         assert "agree that you have read, understood" in head

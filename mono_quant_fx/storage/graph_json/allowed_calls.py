@@ -68,7 +68,6 @@ FUNCTIONS = {
         "acos acosh asin asinh atan atan2 atanh ceil copysign cos cosh degrees erf exp expm1 fabs floor fmod gcd "
         "hypot isfinite isinf isnan isqrt ldexp log log10 log1p log2 pow prod radians sin sinh sqrt tan tanh trunc"
     ),
-    "mono_quant_fx.functionalization.pure_writes": "set_item set_piece",
     "builtins": ("abs bool float getattr int len max min round"),
 }
 

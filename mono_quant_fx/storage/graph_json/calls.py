@@ -32,7 +32,6 @@ _HOMES = MappingProxyType(
         "operator": operator,
         "math": math,
         "builtins": builtins,
-        "mono_quant_fx.functionalization.pure_writes": pure_writes,
     }
 )
 _METHODS = frozenset((*allowed_calls.METHODS.split(), *allowed_calls.METHODS_IN_PLACE.split()))
