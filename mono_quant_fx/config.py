@@ -102,7 +102,7 @@ class QuantConfig:
             other rule; the first match wins.
         default_skips: False drops DEFAULT_INT4_SKIP's types and names.
         skipped_precision: None keeps a skipped weight as it is; "int8" stores it as per-channel INT8.
-        small_layer: what to do when a row is shorter than group_size: "int8", "shrink", "skip" or "error".
+        short_row: what to do when a row is shorter than group_size: "int8", "shrink", "skip" or "error".
         indivisible: what to do when group_size does not divide a row: the same four. "shrink" takes the largest
             power of two >= 16 that divides the row, and INT8 when there is none.
         num_calibration_samples: how many samples (along dim 0) of the calibration data are used.
@@ -110,7 +110,7 @@ class QuantConfig:
             error) or "gptq" (arXiv 2210.17323); the latter two need calibration data. "auto" is "gptq" with data and
             "rtn" without (docs/numerics.md says why).
         damping: of GPTQ's Hessian, as a fraction of its mean diagonal.
-        activation_order: GPTQ rounds the columns of largest input energy first.
+        desc_act: GPTQ rounds the columns of largest input energy first.
         activations: None leaves them float; "int8" quantizes the inputs of ops with quantized weights, one static
             scale a tensor, from the ranges that calibration observes.
         activation_symmetric: activation codes around zero, instead of with a zero point.
@@ -145,12 +145,12 @@ class QuantConfig:
     overrides: tuple[tuple[str, QuantScheme | str], ...] = ()
     default_skips: bool = True
     skipped_precision: str | None = None
-    small_layer: str = "int8"
+    short_row: str = "int8"
     indivisible: str = "shrink"
     num_calibration_samples: int = 150
     algorithm: str = "auto"
     damping: float = 0.01
-    activation_order: bool = True
+    desc_act: bool = True
     activations: str | None = None
     activation_symmetric: bool = False
     observer: str = "minmax"
@@ -170,9 +170,9 @@ class QuantConfig:
         check_group_size(self.group_size)
         channels = self.axis == 0 and type(self.axis) is int
         require(channels, "axis", self.axis, "only axis 0, the output channels, can carry scales")
-        for name in ("default_skips", "activation_order", "activation_symmetric", "bias_correction", "merge_linears"):
+        for name in ("default_skips", "desc_act", "activation_symmetric", "bias_correction", "merge_linears"):
             flag(name, getattr(self, name))
-        for name in ("small_layer", "indivisible"):
+        for name in ("short_row", "indivisible"):
             choice(name, getattr(self, name), FALLBACKS)
         choice("skipped_precision", self.skipped_precision, (None, "int8"))
         choice("algorithm", self.algorithm, ("auto", "rtn", "clip", "gptq"))

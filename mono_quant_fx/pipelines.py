@@ -36,7 +36,7 @@ def default_pipeline(
         config.num_calibration_samples,
         algorithm="gptq" if config.algorithm == "auto" else config.algorithm,
         damping=config.damping,
-        activation_order=config.activation_order,
+        desc_act=config.desc_act,
     )
     correction = (BiasCorrection(batches, config.num_calibration_samples),) if config.bias_correction else ()
     tail = lowering(config, activations=config.activations is not None, correction=correction)

@@ -43,7 +43,7 @@ class CalibrationExecution(Pass):
     prepare_batch: Prepare | None = field(default=None, repr=False)
     algorithm: str = "rtn"
     damping: float = 0.01
-    activation_order: bool = False
+    desc_act: bool = False
     name: ClassVar[str] = "calibration"
 
     def requires(self, gm: fx.GraphModule) -> str | None:
@@ -78,7 +78,7 @@ class CalibrationExecution(Pass):
             gm.graph.erase_node(call)
 
     def _walk(self, gm: fx.GraphModule, batches: list[Batch], samples: int) -> dict[str, Rounded]:
-        options = RoundingOptions(self.algorithm, self.damping, self.activation_order)
+        options = RoundingOptions(self.algorithm, self.damping, self.desc_act)
         total = sum(1 for _ in pending(gm))
         rounded: dict[str, Rounded] = {}
         with Progress("calibrating", total, "weights", is_shown=samples > 50) as progress:

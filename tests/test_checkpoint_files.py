@@ -173,7 +173,7 @@ class Shared(nn.Module):
     ],
 )
 def test_what_the_format_has_no_form_for(model, options, message, tmp_path):
-    result = mq.quantize(model.eval(), group_size=32, skip_param_threshold=0, small_layer="shrink", **options)
+    result = mq.quantize(model.eval(), group_size=32, skip_param_threshold=0, short_row="shrink", **options)
     with pytest.raises(mq.CheckpointError, match=message) as error:
         mq.export_compressed_tensors(result, tmp_path / "x")
     assert "modules_to_not_convert" in str(error.value) and not os.listdir(tmp_path)

@@ -23,7 +23,7 @@ TOLERANCE = 1e-4
 #: name -> settings of quantize for transformers' models, whose rows are 64 and 128 wide
 SETTINGS = {
     "g32": {"group_size": 32},
-    "g128": {"group_size": 128, "small_layer": "shrink"},
+    "g128": {"group_size": 128, "short_row": "shrink"},
     "channel": {"group_size": -1},
     "int8": {"bits": 8},
     "mixed": {"group_size": 32, "overrides": {"mlp.down_proj": "int8", "re:.*0.*o_proj": "int4 channel"}},
@@ -38,7 +38,7 @@ ASYMMETRIC = {
 #: the asymmetric ones.
 PACKAGE = {
     "g32": {"group_size": 32},
-    "g128": {"group_size": 128, "small_layer": "shrink"},
+    "g128": {"group_size": 128, "short_row": "shrink"},
     "channel": {"group_size": -1},
     "int8": {"bits": 8},
     "g64 asym": {"group_size": 64, "symmetric": False},

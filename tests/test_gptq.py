@@ -46,22 +46,22 @@ def textbook(w, h, scheme, damping, order, scale, zero_point):
     return codes.to(torch.int8), seen
 
 
-def ordered(h, activation_order):
-    return torch.argsort(h.diagonal(), descending=True, stable=True) if activation_order else torch.arange(len(h))
+def ordered(h, desc_act):
+    return torch.argsort(h.diagonal(), descending=True, stable=True) if desc_act else torch.arange(len(h))
 
 
 GROUPS_AND_ORDERS = [(-1, False), (-1, True), (16, True), (16, False), (32, False)]  # 32 leaves a ragged last group
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize(("group", "activation_order"), GROUPS_AND_ORDERS)
+@pytest.mark.parametrize(("group", "desc_act"), GROUPS_AND_ORDERS)
 @pytest.mark.parametrize("block", [8, 128])
-def test_it_equals_the_textbook(group, activation_order, symmetric, block, monkeypatch):
+def test_it_equals_the_textbook(group, desc_act, symmetric, block, monkeypatch):
     monkeypatch.setattr(module, "B", block)
     scheme = QuantScheme(4, group, symmetric)
     w, h = problem(12, 48)
-    order = ordered(h, activation_order)
-    codes, scale, zero_point = gptq(w, h, scheme, damping=0.01, activation_order=activation_order)
+    order = ordered(h, desc_act)
+    codes, scale, zero_point = gptq(w, h, scheme, damping=0.01, desc_act=desc_act)
     expected_scale, expected_zero = search_qparams(w, scheme, h.diagonal())
     assert torch.allclose(scale, expected_scale, rtol=SUM, atol=0.0)
     assert symmetric or torch.equal(zero_point, expected_zero)
@@ -74,13 +74,13 @@ def test_it_equals_the_textbook(group, activation_order, symmetric, block, monke
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("activation_order", [True, False])
-def test_a_second_round_searches_the_scales_on_the_updated_columns(activation_order, symmetric):
+@pytest.mark.parametrize("desc_act", [True, False])
+def test_a_second_round_searches_the_scales_on_the_updated_columns(desc_act, symmetric):
     scheme = QuantScheme(4, 16, symmetric)
     w, h = problem(12, 48)
-    order = ordered(h, activation_order)
-    once = gptq(w, h, scheme, activation_order=activation_order)
-    twice = gptq(w, h, scheme, activation_order=activation_order, rounds=2)
+    order = ordered(h, desc_act)
+    once = gptq(w, h, scheme, desc_act=desc_act)
+    twice = gptq(w, h, scheme, desc_act=desc_act, rounds=2)
     assert (hessian_error(w, *twice, h, scheme) <= hessian_error(w, *once, h, scheme)).all()
     _, seen = textbook(w, h, scheme, 0.01, order, *search_qparams(w, scheme, h.diagonal()))
     scale, zero_point = search_qparams(seen, scheme, h.diagonal())
@@ -119,21 +119,21 @@ def test_best_rows_takes_each_row_from_its_best_candidate():
     st.integers(1, 2), st.integers(0, 999),
 )  # fmt: skip
 def test_no_row_is_worse_than_plain_rounding_with_the_same_scales(
-    n, k, group, symmetric, activation_order, rounds, seed
+    n, k, group, symmetric, desc_act, rounds, seed
 ):
     w, h = problem(n, k, seed, samples=40)
     scheme = QuantScheme(4, group, symmetric)
-    codes, scale, zero_point = gptq(w, h, scheme, activation_order=activation_order, rounds=rounds)
+    codes, scale, zero_point = gptq(w, h, scheme, desc_act=desc_act, rounds=rounds)
     assert int(codes.min()) >= -8 and int(codes.max()) <= 7
     plain = hessian_error(w, affine.quantize(w, scale, zero_point, scheme), scale, zero_point, h, scheme)
     assert (hessian_error(w, codes, scale, zero_point, h, scheme) <= plain * (1 + SUM)).all()
 
 
-@pytest.mark.parametrize("activation_order", [True, False])
-def test_it_is_far_better_than_rounding_where_inputs_are_correlated(activation_order):
+@pytest.mark.parametrize("desc_act", [True, False])
+def test_it_is_far_better_than_rounding_where_inputs_are_correlated(desc_act):
     w, h = problem(64, 256, samples=2000)
     scheme = QuantScheme(4, 64)
-    found = hessian_error(w, *gptq(w, h, scheme, activation_order=activation_order), h, scheme).sum()
+    found = hessian_error(w, *gptq(w, h, scheme, desc_act=desc_act), h, scheme).sum()
     scale, _ = affine.choose_qparams(w, scheme)
     plain = hessian_error(w, affine.quantize(w, scale, None, scheme), scale, None, h, scheme).sum()
     assert found < 0.5 * plain

@@ -92,7 +92,7 @@ def test_smollm2_with_zero_points_keeps_its_perplexity(language_model):
     assert smollm2.evaluate(graph_module)[0] <= MOST_ASYMMETRIC_PERPLEXITY
 
 
-def test_effnet_by_default_keeps_small_layers_in_int8_and_still_names_things():
+def test_effnet_by_default_keeps_short_rows_in_int8_and_still_names_things():
     result = quantized(effnet_lite0, effnet_lite0.load())
     schemes = {row.scheme for row in result.accuracy.rows if row.op == "conv2d"}
     assert {"int8 channel", "int4 g128 sym"} <= schemes

@@ -111,7 +111,7 @@ def test_no_row_grows_worse(n, k, group, symmetric, after_gptq, kind, dtype, see
 def test_it_improves_gptq_and_is_deterministic(symmetric):
     scheme = QuantScheme(4, 64, symmetric)
     w, h = problem(64, 256, samples=2000)
-    before = gptq(w, h, scheme, activation_order=True, rounds=2)
+    before = gptq(w, h, scheme, desc_act=True, rounds=2)
     after = refine.refine(w, damped(h, 0.01), scheme, *before)
     gained = 1 - hessian_error(w, *after, h, scheme).sum() / hessian_error(w, *before, h, scheme).sum()
     assert gained > GAIN

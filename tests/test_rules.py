@@ -140,7 +140,7 @@ def test_the_first_override_that_matches_wins_over_later_ones_and_every_rule():
 
 def test_an_override_that_does_not_fit_falls_back_like_any_other():
     fallback = decisions(Gated(), overrides={"mlp.up": "int4 g256"})["mlp.up"]
-    assert fallback == ("int8 channel", "override 'mlp.up': rows of 128 < group_size 256: int8 by small_layer")
+    assert fallback == ("int8 channel", "override 'mlp.up': rows of 128 < group_size 256: int8 by short_row")
 
 
 def test_skipped_precision_stores_what_a_rule_skips_as_int8():
@@ -170,23 +170,23 @@ ODD = "no power of two >= 16 divides it"
         ),
         (
             72, 128, "shrink",  # 8 divides it, and is below 16
-            ("int8 channel", f"rows of 72 < group_size 128: int8 by small_layer ({ODD})"),
+            ("int8 channel", f"rows of 72 < group_size 128: int8 by short_row ({ODD})"),
         ),
         (576, 128, "int8", ("int8 channel", "group_size 128 does not divide rows of 576: int8 by indivisible")),
         (576, 128, "skip", ("None", "group_size 128 does not divide rows of 576: skipped by indivisible")),
-        (96, 128, "skip", ("None", "rows of 96 < group_size 128: skipped by small_layer")),
+        (96, 128, "skip", ("None", "rows of 96 < group_size 128: skipped by short_row")),
         (301, -1, "error", ("int4 channel sym", "")),
         (256, 128, "error", ("int4 g128 sym", "")),
     ],
 )  # fmt: skip
 def test_rows_that_do_not_fit(columns, group_size, policy, expected):
-    assert of_row(columns, group_size=group_size, small_layer=policy, indivisible=policy) == expected
+    assert of_row(columns, group_size=group_size, short_row=policy, indivisible=policy) == expected
 
 
 @pytest.mark.parametrize(
     ("columns", "rule", "what"),
     [
-        (96, "small_layer", "rows of 96 < group_size 128"),
+        (96, "short_row", "rows of 96 < group_size 128"),
         (200, "indivisible", "group_size 128 does not divide rows of 200"),
     ],
 )
@@ -200,7 +200,7 @@ def test_the_error_policy_names_layer_rule_and_ways_out(columns, rule, what):
 
 
 def test_small_and_indivisible_default_to_int8_and_shrink():
-    assert of_row(96) == ("int8 channel", "rows of 96 < group_size 128: int8 by small_layer")
+    assert of_row(96) == ("int8 channel", "rows of 96 < group_size 128: int8 by short_row")
     assert of_row(576) == ("int4 g64 sym", "group_size 128 does not divide rows of 576: shrunk to 64")
 
 

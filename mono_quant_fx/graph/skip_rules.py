@@ -174,14 +174,14 @@ def _listed(names: tuple[str, ...], types: set[str], config: QuantConfig) -> str
 
 
 def _fit(weight: Weight, use: WeightUse, scheme: QuantScheme, config: QuantConfig) -> Decision:
-    """The scheme as it fits the rows of this weight: small_layer and indivisible decide where it does not."""
+    """The scheme as it fits the rows of this weight: short_row and indivisible decide where it does not."""
     assert use.layout is not None
     _, columns = matrix_shape(tuple(weight.tensor.shape), use.layout, use.groups)
     size = scheme.group_size
     if scheme.bits == 8 or size == -1 or columns % size == 0:
         return Decision(scheme, "")
     small = columns < size
-    rule, policy = ("small_layer", config.small_layer) if small else ("indivisible", config.indivisible)
+    rule, policy = ("short_row", config.short_row) if small else ("indivisible", config.indivisible)
     what = f"rows of {columns} < group_size {size}" if small else f"group_size {size} does not divide rows of {columns}"
     if policy == "error":
         raise ConfigError(

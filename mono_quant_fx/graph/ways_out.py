@@ -9,7 +9,7 @@ RECURRENT = re.compile(r"(LSTM|GRU|RNN)(Cell)? hides|aten\.(lstm|gru|rnn)")
 HIDES = re.compile(r"not reachable: (\w+) hides its weights")
 PARAMETRIZED = re.compile(r"Parametrized\w+ hides")
 DEFAULT = re.compile(r"default skip: (\w+)")
-POLICY = re.compile(r"skipped by (small_layer|indivisible)")
+POLICY = re.compile(r"skipped by (short_row|indivisible)")
 SETTINGS = ("modules_to_not_convert", "skip_layer_names", "skip_layer_types", "override")
 
 

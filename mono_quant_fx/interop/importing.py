@@ -227,7 +227,7 @@ def _config(stored: Mapping[str, StoredWeight]) -> QuantConfig:
         by_scheme.setdefault(found.scheme, []).append(re.escape(name))
     overrides = [("re:" + "|".join(names), scheme) for scheme, names in by_scheme.items()]
     return QuantConfig(
-        overrides=(*overrides, ("re:.*", "skip")), small_layer="error", indivisible="error", default_skips=False
+        overrides=(*overrides, ("re:.*", "skip")), short_row="error", indivisible="error", default_skips=False
     )
 
 

@@ -33,7 +33,7 @@ def gptq(
     scheme: QuantScheme,
     *,
     damping: float = 0.01,
-    activation_order: bool = False,
+    desc_act: bool = False,
     rounds: int = 1,
 ) -> Codes:
     """Codes int8 [N, K], scale [N, G] and zero_point int8 [N, G] (None when symmetric) of a float matrix [N, K].
@@ -43,7 +43,7 @@ def gptq(
         H: float [K, K], X X^T over the calibration inputs up to a positive factor.
         scheme: bits, group size, symmetry.
         damping: lambda as a fraction of the mean of H's diagonal.
-        activation_order: round the columns of largest energy first; groups stay where they are in storage.
+        desc_act: round the columns of largest energy first; groups stay where they are in storage.
         rounds: how often to walk through the columns. Scales are searched before a walk: at first on the weight, then
             on what the updates of the last walk had made of each column when its turn came. Each row keeps its best.
 
@@ -55,7 +55,7 @@ def gptq(
     columns = weight.shape[1]
     largest = min(torch.finfo(weight.dtype).max, torch.finfo(torch.float32).max)
     descending = torch.argsort(H.diagonal(), descending=True, stable=True)
-    order = descending if activation_order else torch.arange(columns, device=weight.device)
+    order = descending if desc_act else torch.arange(columns, device=weight.device)
     Hinv = _inverse_factor(H, damping, order)
     W, found = weight, []
     for _ in range(rounds):

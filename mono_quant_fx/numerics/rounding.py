@@ -36,7 +36,7 @@ class RoundingOptions:
 
     algorithm: str = "rtn"
     damping: float = 0.01
-    activation_order: bool = False
+    desc_act: bool = False
 
     def __post_init__(self) -> None:
         if self.algorithm not in ALGORITHMS:
@@ -96,7 +96,7 @@ def _round_group(matrix: Tensor, H: Tensor, scheme: QuantScheme, options: Roundi
     if options.algorithm == "gptq":
         damping = options.damping
         rounded = gptq(
-            matrix, H, scheme, damping=damping, activation_order=options.activation_order, rounds=GPTQ_ROUNDS
+            matrix, H, scheme, damping=damping, desc_act=options.desc_act, rounds=GPTQ_ROUNDS
         )
         codes, scale, zero_point = refine(matrix, damped(H, damping), scheme, *rounded)
     else:

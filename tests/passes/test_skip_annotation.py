@@ -62,8 +62,8 @@ def test_leaf_modules_and_depthwise_rows_have_reasons():
     gm = mq.passes.SkipAnnotation(mq.QuantConfig(group_size=32, skip_param_threshold=0))(mq.capture(ConvNet().eval()))
     reasons = {a.users[0].module: (str(a.scheme), a.reason) for _, a in annotated(gm.graph_module)}
     assert reasons["bn"] == ("None", "default skip: BatchNorm2d")
-    assert reasons["depthwise"] == ("int8 channel", "rows of 9 < group_size 32: int8 by small_layer")
-    assert reasons["conv"] == ("int8 channel", "rows of 27 < group_size 32: int8 by small_layer")
+    assert reasons["depthwise"] == ("int8 channel", "rows of 9 < group_size 32: int8 by short_row")
+    assert reasons["conv"] == ("int8 channel", "rows of 27 < group_size 32: int8 by short_row")
     assert reasons["up"] == ("int4 g32 sym", "")
 
 
