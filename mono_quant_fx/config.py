@@ -18,7 +18,7 @@ NORM_TYPES = (
     "InstanceNorm1d", "InstanceNorm2d", "InstanceNorm3d", "RMSNorm",
 )  # fmt: skip
 
-#: The defaults that a user's own lists add to; ``default_skips=False`` drops the first two.
+#: The defaults that a user's own lists add to; ``default_skips=False`` drops all three.
 DEFAULT_INT4_SKIP: Mapping[str, Any] = {
     "skip_layer_types": ("Embedding", "EmbeddingBag", *NORM_TYPES),
     "modules_to_not_convert": ("lm_head",),
@@ -26,7 +26,10 @@ DEFAULT_INT4_SKIP: Mapping[str, Any] = {
 }
 
 FALLBACKS = ("int8", "shrink", "skip", "error")
-COMPUTE = ("auto", "float32", "bfloat16", "int8")
+COMPUTE = ("auto", "float32", "bfloat16")
+#: What an operator on INT4 codes takes: activations="int8_dynamic" is its "int8".
+OPERATOR_COMPUTE = (*COMPUTE, "int8")
+ACTIVATIONS = (None, "int8", "int8_dynamic")
 OBSERVERS = ("minmax", "moving_average_minmax", "histogram", "percentile", "auto")
 
 
@@ -97,10 +100,14 @@ class QuantConfig:
         modules_to_not_convert: names to leave alone, Hugging Face style; adds to ("lm_head",).
         skip_layer_types: classes or class names to leave alone; adds to embeddings and norms.
         skip_layer_names: exact names, or ``re:`` patterns, to leave alone.
-        skip_param_threshold: weights with fewer elements than this are left alone.
+        skip_param_threshold: weights with fewer elements than this are left alone; None is 512, and 0 with
+            ``default_skips=False``.
+        layer_types: quantize layers of these classes or class names only, and those that `layer_names` lists; what is
+            listed in either is quantized against the default skips, and not against your own.
+        layer_names: likewise names, as in `modules_to_not_convert`.
         overrides: pattern -> QuantScheme, a scheme's text ("int8", "int4 g32 asym") or "skip". Read before every
             other rule; the first match wins.
-        default_skips: False drops DEFAULT_INT4_SKIP's types and names.
+        default_skips: False drops DEFAULT_INT4_SKIP: its types, its names and its threshold.
         skipped_precision: None keeps a skipped weight as it is; "int8" stores it as per-channel INT8.
         short_row: what to do when a row is shorter than group_size: "int8", "shrink", "skip" or "error".
         indivisible: what to do when group_size does not divide a row: the same four. "shrink" takes the largest
@@ -112,13 +119,13 @@ class QuantConfig:
         damping: of GPTQ's Hessian, as a fraction of its mean diagonal.
         desc_act: GPTQ rounds the columns of largest input energy first.
         activations: None leaves them float; "int8" quantizes the inputs of ops with quantized weights, one static
-            scale a tensor, from the ranges that calibration observes.
+            scale a tensor, from the ranges that calibration observes. "int8_dynamic" rounds the inputs of INT4 linears
+            in each call, one scale for each row and group, without data (docs/kernels.md has the costs).
         activation_symmetric: activation codes around zero, instead of with a zero point.
         observer: what measures those ranges: a name that create_observer knows (see docs/observers.md), or "auto".
         bias_correction: folds the mean output error that rounding leaves into the biases (arXiv 1906.04721).
         compute: how INT4 linears multiply float32 and float16 inputs. "bfloat16" rounds the inputs first, "float32"
-            does not, and "auto" does where the CPU multiplies bfloat16 faster. "int8" rounds inputs of any type to
-            INT8, one scale for each row and group, in each call (docs/kernels.md has the costs).
+            does not, and "auto" does where the CPU multiplies bfloat16 faster.
         merge_linears: linears that read one input run as one op on stacked rows, with rows of their own in the table.
         accuracy_warning: "warn", "error" (raise AccuracyError on a critical finding) or "ignore".
         sqnr_warning_threshold: dB below which a node is reported.
@@ -141,7 +148,9 @@ class QuantConfig:
     modules_to_not_convert: tuple[str, ...] = ()
     skip_layer_types: tuple[str, ...] = ()
     skip_layer_names: tuple[str, ...] = ()
-    skip_param_threshold: int = DEFAULT_INT4_SKIP["skip_param_threshold"]
+    skip_param_threshold: int | None = None
+    layer_types: tuple[str, ...] = ()
+    layer_names: tuple[str, ...] = ()
     overrides: tuple[tuple[str, QuantScheme | str], ...] = ()
     default_skips: bool = True
     skipped_precision: str | None = None
@@ -162,9 +171,10 @@ class QuantConfig:
     sqnr_error_threshold: float = 10.0
 
     def __post_init__(self) -> None:
-        for name in ("modules_to_not_convert", "skip_layer_names"):
+        for name in ("modules_to_not_convert", "skip_layer_names", "layer_names"):
             object.__setattr__(self, name, patterns(name, getattr(self, name)))
-        object.__setattr__(self, "skip_layer_types", type_names(self.skip_layer_types))
+        for name in ("skip_layer_types", "layer_types"):
+            object.__setattr__(self, name, type_names(getattr(self, name)))
         object.__setattr__(self, "overrides", _overrides(self.overrides))
         QuantScheme(self.bits, self.group_size if self.bits == 4 else -1, self.symmetric)
         check_group_size(self.group_size)
@@ -177,11 +187,12 @@ class QuantConfig:
         choice("skipped_precision", self.skipped_precision, (None, "int8"))
         choice("algorithm", self.algorithm, ("auto", "rtn", "clip", "gptq"))
         positive("damping", self.damping)
-        choice("activations", self.activations, (None, "int8"))
+        choice("activations", self.activations, ACTIVATIONS)
         choice("observer", self.observer, OBSERVERS)
         choice("compute", self.compute, COMPUTE)
         choice("accuracy_warning", self.accuracy_warning, ("warn", "error", "ignore"))
-        whole("skip_param_threshold", self.skip_param_threshold, 0)
+        if self.skip_param_threshold is not None:
+            whole("skip_param_threshold", self.skip_param_threshold, 0)
         whole("num_calibration_samples", self.num_calibration_samples, 1)
         check_thresholds(self.sqnr_warning_threshold, self.sqnr_error_threshold)
         for pattern, value in self.overrides:
@@ -190,6 +201,13 @@ class QuantConfig:
                     QuantScheme.parse(value, self.scheme)
                 except ConfigError as e:
                     raise ConfigError(f"overrides: {pattern!r}: {e}, or 'skip'") from e
+
+    @property
+    def least_parameters(self) -> int:
+        """What `skip_param_threshold` comes to."""
+        if self.skip_param_threshold is not None:
+            return self.skip_param_threshold
+        return DEFAULT_INT4_SKIP["skip_param_threshold"] if self.default_skips else 0
 
     @property
     def scheme(self) -> QuantScheme:

@@ -39,7 +39,7 @@ def default_pipeline(
         desc_act=config.desc_act,
     )
     correction = (BiasCorrection(batches, config.num_calibration_samples),) if config.bias_correction else ()
-    tail = lowering(config, activations=config.activations is not None, correction=correction)
+    tail = lowering(config, activations=config.activations == "int8", correction=correction)
     return Pipeline((decide, ObserverInsertion(config.observer), calibration, *tail), callback)
 
 
@@ -70,21 +70,22 @@ def lowering(config: QuantConfig, *, activations: bool, correction: tuple[Pass, 
     Every entry ends here: quantize, load, import_compressed_tensors, compile_backend and quantize_checkpoint.
 
     Args:
-        config: `compute` and `merge_linears` are read.
+        config: `activations`, `compute` and `merge_linears` are read.
         activations: whether annotations may hold ranges of INT8 inputs.
         correction: passes that measure the graph with INT8 inputs and float weights.
     """
     inputs: tuple[Pass, ...] = (ActivationLowering(),) if activations else ()
     merge: tuple[Pass, ...] = (LinearMerging(),) if config.merge_linears else ()
-    return (*inputs, *correction, Int4GroupwiseLowering(), DequantFusion(config.compute), *merge)
+    fuse = DequantFusion("int8" if config.activations == "int8_dynamic" else config.compute)
+    return (*inputs, *correction, Int4GroupwiseLowering(), fuse, *merge)
 
 
 def needs_data(config: QuantConfig) -> str | None:
     """The setting that cannot be followed without calibration data, in words; None when none is set."""
     if config.algorithm not in ("auto", "rtn"):
         return f"algorithm={config.algorithm!r} needs calibration_data; without data there is 'rtn'"
-    if config.activations is not None:
-        return f"activations={config.activations!r} needs calibration_data, which sets their ranges"
+    if config.activations == "int8":
+        return "activations='int8' needs calibration_data, which sets their ranges; 'int8_dynamic' needs none"
     if config.bias_correction:
         return "bias_correction=True needs calibration_data, on which the mean error is measured"
     return None

@@ -11,7 +11,7 @@ from torch import fx
 
 from mono_quant_fx import ops
 from mono_quant_fx.checks import choice
-from mono_quant_fx.config import COMPUTE
+from mono_quant_fx.config import OPERATOR_COMPUTE
 from mono_quant_fx.graph import tensors
 from mono_quant_fx.graph.arguments import argument
 from mono_quant_fx.graph.permutations import Axes, composed, is_permutation, permutation, permuted
@@ -48,7 +48,7 @@ class DequantFusion(Pass):
     compute: str = "auto"
 
     def __post_init__(self) -> None:
-        choice("compute", self.compute, COMPUTE)
+        choice("compute", self.compute, OPERATOR_COMPUTE)
 
     def rewrite(self, gm: fx.GraphModule) -> None:
         """Every linear that reads a dequantized weight, and every convolution that reads INT8 on both sides."""

@@ -66,7 +66,7 @@ def _annotate(weight: Weight, config: QuantConfig) -> QuantAnnotation:
         groups=first.groups,
         users=users_of(weight),
         activations=f"int8 {'sym' if config.activation_symmetric else 'asym'}"
-        if config.activations and decision.scheme
+        if config.activations == "int8" and decision.scheme
         else "",
     )
 

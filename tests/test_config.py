@@ -34,13 +34,13 @@ WRONG = [
     ("algorithm", ["awq", "GPTQ", None, True], "one of 'auto', 'rtn', 'clip', 'gptq' is needed"),
     ("damping", [0, -0.1, float("nan"), float("inf"), "0.01", None, True], "a finite number above 0 is needed"),
     ("desc_act", [1, 0, "yes", None], "True or False"),
-    ("activations", ["int4", "INT8", 8, True, ""], "one of None, 'int8' is needed"),
+    ("activations", ["int4", "INT8", 8, True, ""], "one of None, 'int8', 'int8_dynamic' is needed"),
     ("activation_symmetric", [1, 0, "yes", None], "True or False"),
     ("bias_correction", [1, 0, "yes", None], "True or False"),
-    ("compute", ["int4", "bf16", None, 32], "one of 'auto', 'float32', 'bfloat16', 'int8' is needed"),
+    ("compute", ["int4", "bf16", "int8", None, 32], "one of 'auto', 'float32', 'bfloat16' is needed"),
     ("merge_linears", [1, 0, "yes", None], "True or False"),
     ("observer", ["minmx", "energy", None, True], OBSERVER),
-    ("skip_param_threshold", [-1, 0.5, "512", None, True], "a whole number >= 0 is needed"),
+    ("skip_param_threshold", [-1, 0.5, "512", True], "a whole number >= 0 is needed"),
     ("num_calibration_samples", [0, -5, 1.5, "150", None, True], "a whole number >= 1 is needed"),
     ("sqnr_warning_threshold", [float("nan"), float("inf"), "20", None, True], DB),
     ("sqnr_error_threshold", [float("nan"), float("-inf"), "10", None, False], DB),
@@ -50,7 +50,14 @@ WRONG_VALUES = [(field, value, rule) for field, values, rule in WRONG for value 
 #: Wrong lists and mappings, with the whole message.
 WRONG_LISTS = [
     ({f: "lm_head"}, f"{f}='lm_head': a list is needed; write {f}=['lm_head']")
-    for f in ("modules_to_not_convert", "skip_layer_names", "skip_layer_types", "overrides")
+    for f in (
+        "modules_to_not_convert",
+        "skip_layer_names",
+        "skip_layer_types",
+        "layer_types",
+        "layer_names",
+        "overrides",
+    )
 ] + [
     ({"modules_to_not_convert": 7}, "modules_to_not_convert=7: a list is needed; write modules_to_not_convert=[7]"),
     ({"modules_to_not_convert": [3]}, f"modules_to_not_convert: 3 {PATTERN}"),

@@ -118,9 +118,7 @@ def test_best_rows_takes_each_row_from_its_best_candidate():
     st.integers(1, 6), st.integers(1, 60), st.sampled_from([8, 24, 128, -1]), st.booleans(), st.booleans(),
     st.integers(1, 2), st.integers(0, 999),
 )  # fmt: skip
-def test_no_row_is_worse_than_plain_rounding_with_the_same_scales(
-    n, k, group, symmetric, desc_act, rounds, seed
-):
+def test_no_row_is_worse_than_plain_rounding_with_the_same_scales(n, k, group, symmetric, desc_act, rounds, seed):
     w, h = problem(n, k, seed, samples=40)
     scheme = QuantScheme(4, group, symmetric)
     codes, scale, zero_point = gptq(w, h, scheme, desc_act=desc_act, rounds=rounds)

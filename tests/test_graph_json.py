@@ -95,7 +95,7 @@ def test_signatures_and_containers_come_back(name, way):
     round_trip(mq.capture(model().eval(), make(2, 3), method=way), make(2, 3))
 
 
-@pytest.mark.parametrize("settings_", [{"activations": "int8"}, {"compute": "int8"}, {"algorithm": "gptq"}])
+@pytest.mark.parametrize("settings_", [{"activations": "int8"}, {"activations": "int8_dynamic"}, {"algorithm": "gptq"}])
 def test_calibrated_models_keep_what_calibration_saw(settings_):
     torch.manual_seed(0)
     data = [x(8, 64)]

@@ -248,3 +248,40 @@ def test_leaf_modules_carry_a_reason():
     assert bare["ln"] == ("None", "skip_layer_names: ln")
     with pytest.raises(mq.ConfigError, match=r"^overrides: 'rnn' asks for int8 on rnn, but LSTM hides its weights$"):
         decisions(Leaves(), overrides={"rnn": "int8"})
+
+
+class TestPositiveLists:
+    MODEL = staticmethod(
+        lambda: nn.Sequential(
+            nn.Linear(128, 8), nn.LayerNorm(8), nn.Linear(8, 128), nn.Linear(128, 2), nn.Linear(2, 128)
+        )
+    )
+
+    def test_only_what_is_listed_is_quantized(self):
+        found = decisions(self.MODEL(), layer_names=["0"])
+        assert found.pop("0") == QUANTIZED
+        assert set(found.values()) == {("None", "not in layer_names"), ("None", "default skip: LayerNorm")}
+
+    def test_what_is_listed_is_free_of_the_defaults(self):
+        assert decisions(Tied(), layer_types=[nn.Embedding, nn.Linear])["emb"][0] == "int4 g128 sym"
+        small = decisions(self.MODEL(), group_size=8, layer_names=["3"])
+        assert small["3"] == ("int4 g8 sym", "")
+
+    def test_either_list_will_do_and_own_skips_and_overrides_go_before(self):
+        found = decisions(self.MODEL(), layer_names=["0", "2"], layer_types=["LayerNorm"], skip_layer_names=["2"])
+        assert found["0"] == QUANTIZED
+        assert found["2"] == ("None", "skip_layer_names: 2")
+        assert found["4"] == ("None", "not in layer_types or layer_names")
+        assert decisions(self.MODEL(), layer_names=["0"], overrides={"2": "int8"})["2"][0] == "int8 channel"
+
+    @pytest.mark.parametrize("given", [{"layer_names": ["nowhere"]}, {"layer_types": ["Conv9d"]}])
+    def test_a_list_that_matches_nothing_is_an_error(self, given):
+        with pytest.raises(mq.PatternError, match=f"^{next(iter(given))}: .* matches nothing in the model; nearest: "):
+            decisions(Leaves(), **given)
+
+
+def test_without_the_defaults_there_is_no_threshold_unless_it_is_given():
+    model = TestPositiveLists.MODEL()
+    assert decisions(model, default_skips=False, group_size=8)["3"] == ("int4 g8 sym", "")
+    kept = decisions(model, default_skips=False, group_size=8, skip_param_threshold=512)["3"]
+    assert kept == ("None", "256 parameters < skip_param_threshold 512")

@@ -13,7 +13,7 @@ from typing import Any
 from mono_quant_fx.config import QuantConfig
 
 #: Metavariables of what takes several values.
-_LISTS = {"skip_layer_types": "TYPE"}
+_LISTS = {"skip_layer_types": "TYPE", "layer_types": "TYPE"}
 
 
 def add_config_options(parser: argparse.ArgumentParser) -> None:
@@ -49,8 +49,8 @@ def _kind(name: str, hint: Any) -> dict[str, Any]:
     """The keywords of add_argument for a field of this type."""
     if hint is bool:
         return {"action": argparse.BooleanOptionalAction}
-    if hint in (int, float):
-        return {"type": hint, "metavar": "N" if hint is int else "X"}
+    if hint in (int, float, int | None):
+        return {"type": float if hint is float else int, "metavar": "X" if hint is float else "N"}
     if name == "overrides":
         return {"type": _override, "nargs": "+", "action": "extend", "metavar": "PATTERN=SCHEME"}
     if typing.get_origin(hint) is tuple:

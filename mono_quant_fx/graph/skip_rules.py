@@ -100,7 +100,7 @@ def matching_patterns(config: QuantConfig, weight: str) -> set[str]:
     names = (weight, weight.rpartition(".")[0])
     defaults = DEFAULT_INT4_SKIP["modules_to_not_convert"] if config.default_skips else ()
     found = {p for p in (*config.modules_to_not_convert, *defaults) if any(matches(p, n) for n in names)}
-    found |= {p for p, _ in config.overrides if any(matches(p, n) for n in names)}
+    found |= {p for p in (*(p for p, _ in config.overrides), *config.layer_names) if any(matches(p, n) for n in names)}
     return found | {p for p in config.skip_layer_names if any(_exact(p, n) for n in names)}
 
 
@@ -112,6 +112,8 @@ def unmatched_patterns(config: QuantConfig, known: Known) -> Iterator[str]:
         "overrides": (tuple(p for p, _ in config.overrides), names, matches),
         "skip_layer_names": (config.skip_layer_names, names, _exact),
         "skip_layer_types": (config.skip_layer_types, types, _exact),
+        "layer_names": (config.layer_names, names, matches),
+        "layer_types": (config.layer_types, types, _exact),
     }
     for field, (patterns, there, match) in found.items():
         for pattern in patterns:
@@ -152,13 +154,20 @@ def _override(weight: Weight, use: WeightUse, config: QuantConfig, pattern: str,
 
 def _skip_reason(weight: Weight, names: tuple[str, ...], types: set[str], config: QuantConfig) -> str | None:
     listed = _listed(names, types, config)
-    if listed is None and weight.tensor.numel() < config.skip_param_threshold:
-        return f"{weight.tensor.numel()} parameters < skip_param_threshold {config.skip_param_threshold}"
+    if listed is None and weight.tensor.numel() < config.least_parameters and not _wanted(names, types, config):
+        return f"{weight.tensor.numel()} parameters < skip_param_threshold {config.least_parameters}"
     return listed
 
 
+def _wanted(names: tuple[str, ...], types: set[str], config: QuantConfig) -> bool:
+    """Whether a positive list holds a layer."""
+    by_name = any(matches(pattern, name) for pattern in config.layer_names for name in names)
+    return by_name or any(_exact(pattern, kind) for pattern in config.layer_types for kind in types)
+
+
 def _listed(names: tuple[str, ...], types: set[str], config: QuantConfig) -> str | None:
-    defaults = DEFAULT_INT4_SKIP if config.default_skips else {}
+    wanted = _wanted(names, types, config)
+    defaults = DEFAULT_INT4_SKIP if config.default_skips and not wanted else {}
     lists = (
         ("modules_to_not_convert", config.modules_to_not_convert, names, matches),
         ("skip_layer_names", config.skip_layer_names, names, _exact),
@@ -170,7 +179,10 @@ def _listed(names: tuple[str, ...], types: set[str], config: QuantConfig) -> str
         for pattern in patterns:
             if any(match(pattern, name) for name in known):
                 return f"{rule}: {pattern}"
-    return None
+    if wanted or not (config.layer_names or config.layer_types):
+        return None
+    given = [field for field in ("layer_types", "layer_names") if getattr(config, field)]
+    return f"not in {' or '.join(given)}"
 
 
 def _fit(weight: Weight, use: WeightUse, scheme: QuantScheme, config: QuantConfig) -> Decision:

@@ -10,7 +10,7 @@ HIDES = re.compile(r"not reachable: (\w+) hides its weights")
 PARAMETRIZED = re.compile(r"Parametrized\w+ hides")
 DEFAULT = re.compile(r"default skip: (\w+)")
 POLICY = re.compile(r"skipped by (short_row|indivisible)")
-SETTINGS = ("modules_to_not_convert", "skip_layer_names", "skip_layer_types", "override")
+SETTINGS = ("not in layer", "modules_to_not_convert", "skip_layer_names", "skip_layer_types", "override")
 
 
 def way_out(reason: str, weight: str, names: Container[str] = (), closed: str = "") -> str:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from mono_quant_fx.checks import choice
 from mono_quant_fx.config import QuantConfig, QuantScheme
 from mono_quant_fx.errors import CheckpointError
 from mono_quant_fx.execution.batch import to_batch
@@ -37,6 +38,7 @@ def import_compressed_tensors(
     model: nn.Module,
     example_inputs: Any = None,
     *,
+    activations: str | None = None,
     compute: str = "auto",
     merge_linears: bool = True,
 ) -> fx.GraphModule:
@@ -54,6 +56,7 @@ def import_compressed_tensors(
             shards with model.safetensors.index.json. Pickles are refused.
         model: in eval mode, in the checkpoint's dtype; it is not touched.
         example_inputs: as for quantize, on any device; needed where symbolic tracing does not succeed.
+        activations: "int8_dynamic" as in QuantConfig; static INT8 inputs are the checkpoint's own.
         compute, merge_linears: as in QuantConfig.
 
     INT8 inputs with one static scale are kept. Inputs that the checkpoint wants rounded anew in each call stay float,
@@ -62,9 +65,11 @@ def import_compressed_tensors(
     Raises:
         CheckpointError: a tensor is missing, left over, or of another shape or dtype; a variant of a format that has no
             exact counterpart here (columns permuted across groups, INT8 in groups); a damaged or unsafe file.
-        CaptureError: the skeleton has no graph. ConfigError: a bad compute.
+        CaptureError: the skeleton has no graph. ConfigError: a bad setting.
     """
-    tail = lowering(QuantConfig(compute=compute, merge_linears=merge_linears), activations=True)
+    choice("activations", activations, (None, "int8_dynamic"))
+    config = QuantConfig(activations=activations, compute=compute, merge_linears=merge_linears)
+    tail = lowering(config, activations=True)
     checkpoint = Checkpoint(folder)
     reader = Reader.of(checkpoint)
     names = _Names.of(model)

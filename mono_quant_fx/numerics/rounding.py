@@ -95,9 +95,7 @@ def round_weight(
 def _round_group(matrix: Tensor, H: Tensor, scheme: QuantScheme, options: RoundingOptions) -> affine.QuantizedWeight:
     if options.algorithm == "gptq":
         damping = options.damping
-        rounded = gptq(
-            matrix, H, scheme, damping=damping, desc_act=options.desc_act, rounds=GPTQ_ROUNDS
-        )
+        rounded = gptq(matrix, H, scheme, damping=damping, desc_act=options.desc_act, rounds=GPTQ_ROUNDS)
         codes, scale, zero_point = refine(matrix, damped(H, damping), scheme, *rounded)
     else:
         candidates = [affine.choose_qparams(matrix, scheme), search_qparams(matrix, scheme, H.diagonal())]

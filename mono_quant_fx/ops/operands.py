@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mono_quant_fx.config import COMPUTE
+from mono_quant_fx.config import OPERATOR_COMPUTE
 
 #: What x, a bias and a scale may be.
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -76,4 +76,6 @@ def check_qparams(scale: Tensor, zero_point: Tensor | None, shape: tuple[int, in
 
 def check_compute(compute: str) -> None:
     """Raises unless it names what int4_linear can compute in."""
-    torch._check(compute in COMPUTE, lambda: f"compute={compute!r}: one of {', '.join(COMPUTE)} needed")
+    torch._check(
+        compute in OPERATOR_COMPUTE, lambda: f"compute={compute!r}: one of {', '.join(OPERATOR_COMPUTE)} needed"
+    )

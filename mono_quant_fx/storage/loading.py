@@ -34,6 +34,8 @@ from mono_quant_fx.storage.statements import graph_faults, table_faults
 
 #: How many differing tensors an error lists.
 SHOWN = 5
+#: Settings in files, before and now.
+RENAMED = {"small_layer": "short_row", "activation_order": "desc_act"}
 
 
 @dataclass(frozen=True)
@@ -68,9 +70,19 @@ def read_header(file: Tensors) -> Header:
             f"{file.path}: format_version {version!r:.40}; this release reads {FORMAT_VERSION}; use one that is newer"
         )
     try:
-        return from_plain(Header, data, str(file.path))
+        return from_plain(Header, data | {"config": _as_now(data.get("config"))}, str(file.path))
     except RecursionError as e:
         raise FileFormatError(f"{file.path}: its {KEY!r} entry is nested too deep") from e
+
+
+def _as_now(config: Any) -> Any:
+    """The settings of a file, under the names that they have today."""
+    if not isinstance(config, dict):
+        return config
+    config = {RENAMED.get(name, name): value for name, value in config.items()}
+    if config.get("compute") == "int8":
+        config |= {"compute": "auto", "activations": "int8_dynamic"}
+    return config
 
 
 @in_plain_surroundings

@@ -38,7 +38,8 @@ def linear_part(figures: Mapping[str, Figures]) -> str:
         )
     if in_int8 is not None:
         text += (
-            f'\n### {in_int8["shape"]}, `compute="int8"`\n\nIn each call mono_quant_fx rounds x to INT8, a scale '
+            f'\n### {in_int8["shape"]}, `activations="int8_dynamic"`\n\n'
+            "In each call mono_quant_fx rounds x to INT8, a scale "
             f"for each row and group, beside peers that round x as well and float.\n\n{linear_text(in_int8)}"
         )
     return text

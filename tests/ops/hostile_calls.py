@@ -11,7 +11,7 @@ import warnings
 import torch
 
 from mono_quant_fx import ops
-from mono_quant_fx.config import COMPUTE, QuantScheme
+from mono_quant_fx.config import OPERATOR_COMPUTE, QuantScheme
 from mono_quant_fx.numerics import affine
 from tests.ops.references import REFERENCES
 
@@ -49,7 +49,7 @@ def call(draw):
     if name == "w8a8_conv":
         return op, conv_arguments(draw, qparams)
     x = torch.randn(batch, columns).to(dtype)
-    tail = [group, draw.choice(COMPUTE)] if "4" in name.partition("a8")[0] else []
+    tail = [group, draw.choice(OPERATOR_COMPUTE)] if "4" in name.partition("a8")[0] else []
     return op, [*([x] if name.startswith("int") else [x.to(torch.int8), *qparams]), *weight, bias, *tail]
 
 

@@ -7,7 +7,7 @@ from torch import nn
 
 import mono_quant_fx as mq
 from mono_quant_fx import ops
-from mono_quant_fx.config import COMPUTE, QuantScheme
+from mono_quant_fx.config import OPERATOR_COMPUTE, QuantScheme
 from mono_quant_fx.numerics import affine
 from mono_quant_fx.ops import dispatch, native, onednn
 from tests.ops.test_static_int8 import linear_case
@@ -17,7 +17,7 @@ PATHS = ["torch", *COMPILED]
 K, N = 72, 21
 NAN, INF = float("nan"), float("inf")
 #: (bits, compute, way): a way is asked for where a call would choose between several.
-CALLS = [(4, compute, way) for compute in COMPUTE for way in ("few", "many", "matmul")]
+CALLS = [(4, compute, way) for compute in OPERATOR_COMPUTE for way in ("few", "many", "matmul")]
 CALLS += [(8, "auto", way) for way in ("many", "matmul")]
 #: What int8 and bfloat16 may round away, of |x| |w|.
 ROUNDED = 0.02

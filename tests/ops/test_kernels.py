@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import mono_quant_fx as mq
 from mono_quant_fx import ops
-from mono_quant_fx.config import COMPUTE, QuantScheme
+from mono_quant_fx.config import OPERATOR_COMPUTE, QuantScheme
 from mono_quant_fx.numerics import affine
 from mono_quant_fx.ops import dispatch, native
 
@@ -133,7 +133,7 @@ def test_the_dequantize_ops_give_the_same_bits_on_every_path(path, dtype, use):
 
 
 @pytest.mark.parametrize("path", COMPILED)
-@pytest.mark.parametrize("compute", COMPUTE)
+@pytest.mark.parametrize("compute", OPERATOR_COMPUTE)
 @pytest.mark.parametrize("shape", [(256,), (3, 256), (2, 4, 256), (0, 256), (2, 0, 256), (40, 256)], ids=str)
 def test_the_op_takes_any_leading_shape(path, compute, shape, use):
     use(path)
