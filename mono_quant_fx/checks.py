@@ -53,14 +53,11 @@ def patterns(name: str, value: Any) -> tuple[str, ...]:
     return tuple(check_pattern(name, item) for item in items(name, value))
 
 
-def type_names(value: Any) -> tuple[str, ...]:
+def type_names(name: str, value: Any) -> tuple[str, ...]:
     """Class names, from classes or names."""
     if isinstance(value, type):
-        raise ConfigError(f"skip_layer_types={value.__name__}: a list is needed; write [{value.__name__}]")
-    return tuple(
-        item.__name__ if isinstance(item, type) else check_pattern("skip_layer_types", item)
-        for item in items("skip_layer_types", value)
-    )
+        raise ConfigError(f"{name}={value.__name__}: a list is needed; write [{value.__name__}]")
+    return tuple(item.__name__ if isinstance(item, type) else check_pattern(name, item) for item in items(name, value))
 
 
 def positive(name: str, value: object) -> None:

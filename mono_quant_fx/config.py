@@ -174,7 +174,7 @@ class QuantConfig:
         for name in ("modules_to_not_convert", "skip_layer_names", "layer_names"):
             object.__setattr__(self, name, patterns(name, getattr(self, name)))
         for name in ("skip_layer_types", "layer_types"):
-            object.__setattr__(self, name, type_names(getattr(self, name)))
+            object.__setattr__(self, name, type_names(name, getattr(self, name)))
         object.__setattr__(self, "overrides", _overrides(self.overrides))
         QuantScheme(self.bits, self.group_size if self.bits == 4 else -1, self.symmetric)
         check_group_size(self.group_size)
