@@ -20,9 +20,9 @@ from mono_quant_fx.files.json_records import from_plain
 from mono_quant_fx.frontend.capture import capture
 from mono_quant_fx.frontend.recapture import capture_again
 from mono_quant_fx.frontend.record import CaptureRecord, set_record
-from mono_quant_fx.graph import tensors as graph
 from mono_quant_fx.graph.annotation import QuantAnnotation
 from mono_quant_fx.graph.merging import merged_pieces
+from mono_quant_fx.graph.tensors import attach, is_persistent, named_tensors
 from mono_quant_fx.pass_base import Pipeline
 from mono_quant_fx.passes import PlanRestoration
 from mono_quant_fx.pipelines import lowering
@@ -150,19 +150,19 @@ def _fill(gm: fx.GraphModule, file: Tensors, header: Header) -> None:
     """Puts the file's tensors in, after every name, shape and dtype has been compared."""
     pieces = merged_pieces(gm)
     wanted: dict[str, Tensor] = {}
-    for name, tensor in graph.named_tensors(gm):
+    for name, tensor in named_tensors(gm):
         for own, start, stop in pieces.get(name, ()):
             wanted[own] = tensor[start:stop]
         if name not in pieces:
             wanted[header.tied.get(name, name)] = tensor
     _compare(file, wanted)
     made: dict[str, Tensor] = {}
-    for name, tensor in list(graph.named_tensors(gm)):
+    for name, tensor in list(named_tensors(gm)):
         source = header.tied.get(name, name)
         if source not in made:
             value = stacked(file, [own for own, *_ in pieces[name]]) if name in pieces else file.tensor(source)
             made[source] = nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value
-        graph.attach(gm, name, made[source], graph.is_persistent(gm, name))
+        attach(gm, name, made[source], is_persistent(gm, name))
 
 
 def stacked(file: Tensors, names: list[str]) -> Tensor:
