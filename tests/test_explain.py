@@ -98,7 +98,7 @@ def test_a_code_summary_reads_a_wide_weight_in_tiles(monkeypatch):
     out = mq.quantize(MLP().eval(), group_size=32, accuracy_warning="ignore")
     annotation = next(a for _, a in mq.graph.annotation.annotated(out.graph_module))
     whole = summarize(out.graph_module, annotation)
-    monkeypatch.setattr(mq.numerics, "TILE", 200)
+    monkeypatch.setattr(mq.numerics.affine, "TILE", 200)
     assert summarize(out.graph_module, annotation) == whole
 
 
