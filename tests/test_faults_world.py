@@ -13,8 +13,10 @@ import pytest
 import torch
 import torch.nn.utils.prune
 from torch import fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import mono_quant_fx as mq
+from mono_quant_fx.process.surroundings import plain
 from tests.harness import Snapshot
 
 pytestmark = pytest.mark.filterwarnings("ignore:capture. the model fixes")
@@ -170,6 +172,31 @@ def in_threads(*works):
         thread.join()
     if failures:
         raise failures[0]
+
+
+def test_the_modes_of_an_export_in_another_thread_stay_in_place():
+    """They stand in one place for all threads: putting them aside broke the export, and putting them back raised."""
+    inside, done, seen = threading.Event(), threading.Event(), []
+
+    def traced(x):
+        inside.set()
+        assert done.wait(60)
+        return x + 1
+
+    def trace():
+        gm = make_fx(traced, pre_dispatch=True)(torch.ones(2))
+        assert any(node.op == "call_function" for node in gm.graph.nodes)
+
+    def other():
+        assert inside.wait(60)
+        try:
+            with plain():
+                seen.append(torch._ops._len_torch_dispatch_stack_pre_dispatch())
+        finally:
+            done.set()
+
+    in_threads(trace, other)
+    assert seen == [1]
 
 
 @pytest.mark.parametrize("method", ["symbolic", "export"])

@@ -17,8 +17,8 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import nn
 from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
+from torch.utils import _python_dispatch as dispatch
 from torch.utils._device import DeviceContext
-from torch.utils._python_dispatch import _disable_current_modes
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -32,7 +32,7 @@ def plain(*models: Any) -> Iterator[None]:
     kinds = {t.device.type for m in modules for t in (*m.parameters(), *m.buffers())}
     with (
         _no_function_modes(kinds),
-        _disable_current_modes(),
+        _no_dispatch_modes(),
         _no_autocast(),
         _exact_products,
         torch.inference_mode(False),
@@ -81,6 +81,23 @@ def in_plain_surroundings(work: Callable[P, T]) -> Callable[P, T]:
             return work(*args, **kwargs)
 
     return inside
+
+
+@contextlib.contextmanager
+def _no_dispatch_modes() -> Iterator[None]:
+    """Modes that see every op. Those of an export stand in one place for all threads, and a flag of each thread says
+    whether they are its own: another thread's stay where they are.
+    """
+    if torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PreDispatch):
+        with dispatch._disable_current_modes():
+            yield
+        return
+    modes = [dispatch._pop_mode() for _ in range(torch._C._len_torch_dispatch_stack())]
+    try:
+        yield
+    finally:
+        for mode in reversed(modes):
+            dispatch._push_mode(mode)
 
 
 @contextlib.contextmanager
