@@ -24,7 +24,7 @@ def default_pipeline(
     config: QuantConfig | None = None, batches: Iterable[Any] | None = None, callback: Callback | None = None
 ) -> Pipeline:
     """The passes that quantize runs; without batches nothing is observed and rounding needs the weights only."""
-    config = config or QuantConfig()
+    config = QuantConfig.build(config, {})
     missing = needs_data(config) if batches is None else None
     if missing is not None:
         raise ConfigError(missing)

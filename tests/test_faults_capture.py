@@ -411,3 +411,28 @@ def test_what_is_no_graph_is_refused_with_the_way_to_one():
         mq.measure_accuracy(model.train(), result, [x])
     with pytest.raises(mq.PreconditionError, match=r"what mq\.quantize returned is needed"):
         mq.save(model, "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda m: mq.check_accuracy_warnings(m), mq.PreconditionError, "what mq.quantize returned is needed, not Net"),
+        (lambda m: mq.history(m), mq.PreconditionError, "history: a node of a graph is needed, not Net"),
+        (lambda m: mq.default_pipeline(m), mq.ConfigError, "a QuantConfig is needed, not Net"),
+        (lambda m: mq.quantize_weight_int4(m.a), mq.WeightError, "a dense tensor with values is needed, not Linear"),
+        (lambda m: mq.quantize_weight_int4(m.a.weight.to("meta")), mq.WeightError, "not one on meta"),
+        (lambda m: mq.sqnr_db([1.0], [1.0]), mq.InputError, "two tensors of one shape are needed, not list"),
+    ],
+)
+def test_what_a_newcomer_has_in_hand_is_answered_with_what_is_needed(call, error, words):
+    """AttributeError 'graph', 'shape' and their like."""
+    with pytest.raises(error, match=words):
+        call(Net().eval())
+
+
+def test_accuracy_is_measured_against_an_exported_program():
+    model, x = net()
+    result = mq.quantize(model, x, **OPTIONS)
+    program = torch.export.export(model, (x,))
+    table = mq.measure_accuracy(program, mq.quantize(program, **OPTIONS).graph_module, [(x,)])
+    assert table.output_sqnr_db == pytest.approx(mq.sqnr_db(model(x), result.graph_module(x)), abs=0.1)

@@ -14,7 +14,7 @@ from mono_quant_fx.accuracy.judging import UNUSUAL_DB, Verdict, verdicts
 from mono_quant_fx.accuracy.row import AccuracyRow
 from mono_quant_fx.accuracy.table import CALIBRATION, AccuracyTable
 from mono_quant_fx.config import QuantConfig
-from mono_quant_fx.errors import AccuracyError
+from mono_quant_fx.errors import AccuracyError, PreconditionError
 from mono_quant_fx.graph.annotation import annotated
 
 LEAST_CALIBRATION_SAMPLES = 50
@@ -50,8 +50,13 @@ def check_accuracy_warnings(
 
     Raises:
         AccuracyError: accuracy_warning is "error" and a critical finding exists; its `result` is the result.
-        ConfigError: a threshold or mode is out of range.
+        ConfigError: a threshold or mode is out of range. PreconditionError: no result of quantize is given.
     """
+    if not all(hasattr(result, part) for part in ("graph_module", "accuracy", "info")):
+        raise PreconditionError(
+            f"check_accuracy_warnings: what mq.quantize returned is needed, not {type(result).__name__}; "
+            "mq.measure_accuracy fills a table for a graph of your own"
+        )
     QuantConfig(
         accuracy_warning=accuracy_warning,
         sqnr_warning_threshold=sqnr_warning_threshold,

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from mono_quant_fx.errors import CaptureError
@@ -24,8 +25,9 @@ def both_graphs(
         PreconditionError: one is neither graph, result nor (the reference) module. CaptureError: it has no graph.
     """
     quantized = need_graph(getattr(quantized, "graph_module", quantized), caller)
-    reference = getattr(reference, "graph_module", reference)
-    if isinstance(reference, fx.GraphModule) or not isinstance(reference, nn.Module):
+    exported = isinstance(reference, torch.export.ExportedProgram)
+    reference = reference if exported else getattr(reference, "graph_module", reference)
+    if isinstance(reference, fx.GraphModule) or not (exported or isinstance(reference, nn.Module)):
         return need_graph(reference, caller), quantized, batches
     example, batches = _first(batches)
     method = get_record(quantized).method if batches is not None else "auto"

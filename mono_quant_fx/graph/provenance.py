@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import fx
 
+from mono_quant_fx.errors import PreconditionError
 from mono_quant_fx.graph.annotation import KEY as DECISION
 from mono_quant_fx.graph.annotation import QuantAnnotation, get_annotation
 from mono_quant_fx.graph.fingerprint import Fingerprint, NodeToken
@@ -62,7 +63,15 @@ def history(node: fx.Node) -> tuple[Step, ...]:
     >>> (linear,) = gm.graph.find_nodes(op="call_function", target=mq.ops.int4_linear)
     >>> [(step.pass_name, step.what) for step in history(linear)]
     [('int4-lowering', 'inputs'), ('dequant-fusion', 'op')]
+
+    Raises:
+        PreconditionError: no node is given.
     """
+    if not isinstance(node, fx.Node):
+        raise PreconditionError(
+            f"history: a node of a graph is needed, not {type(node).__name__}; those of a result are "
+            "result.graph_module.graph.nodes, and mq.explain(result, name) tells a weight's whole story"
+        )
     return node.meta.get(HISTORY, ())
 
 

@@ -195,13 +195,16 @@ def quantize_weight_int4(
 
     Raises:
         ConfigError: a bad group_size.
-        WeightError: NaN, infinity, an empty weight, or a dtype that is no float.
+        WeightError: NaN, infinity, an empty weight, a dtype that is no float, or no dense tensor with values.
 
     >>> packed, scale, zero_point = quantize_weight_int4(torch.randn(256, 384))
     >>> packed.shape, scale.shape, zero_point
     (torch.Size([256, 48]), torch.Size([256, 3]), None)
     """
     check_group_size(group_size)
+    if not isinstance(weight, Tensor) or weight.is_meta or weight.layout != torch.strided:
+        what = type(weight).__name__ if not isinstance(weight, Tensor) else f"one on {weight.device}, {weight.layout}"
+        raise WeightError(f"quantize_weight_int4: a dense tensor with values is needed, not {what}")
     if weight.dim() < 2 or not -weight.dim() <= axis < weight.dim():
         raise WeightError(
             f"axis={axis} of a weight of shape {tuple(weight.shape)}: an axis of at least [out, in] is needed"

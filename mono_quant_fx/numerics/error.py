@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mono_quant_fx.errors import InputError
+
 
 @dataclass
 class ErrorSum:
@@ -94,8 +96,11 @@ def relative_error(reference: Tensor, approximation: Tensor) -> float:
 
 
 def _summed(reference: Tensor, approximation: Tensor) -> ErrorSum:
+    for value in (reference, approximation):
+        if not isinstance(value, Tensor):
+            raise InputError(f"two tensors of one shape are needed, not {type(value).__name__}")
     if reference.shape != approximation.shape:
-        raise ValueError(f"shapes differ: {tuple(reference.shape)} and {tuple(approximation.shape)}")
+        raise InputError(f"shapes differ: {tuple(reference.shape)} and {tuple(approximation.shape)}")
     total = ErrorSum()
     total.add(reference, approximation)
     return total
