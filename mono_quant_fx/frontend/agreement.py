@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mono_quant_fx.numerics.error import sqnr_db
+from mono_quant_fx.numerics.error import ErrorSum
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ HALF = Tolerance(38.0, 2e-2, 8e-2, 5e-2)
 COARSE = Tolerance(26.0, 5e-2, 0.3, 5e-2)
 #: What no output is asked to be nearer than: a difference of ones in float32.
 FLOOR = 5e-7
+#: Elements that are compared at a time.
+TILE = 1 << 19
 
 
 def tolerance(dtype: torch.dtype) -> Tolerance:
@@ -67,25 +70,48 @@ def _apart(a: Any, b: Any, allowed: Tolerance) -> str | None:
     if not a.is_floating_point():
         share = float((a != b).double().mean()) if a.numel() else 0.0
         return f"differs in {share:.2%} of its elements" if share > allowed.integers else None
-    return _floats_apart(a.detach().double(), b.detach().double(), allowed)
+    return _floats_apart(a.detach(), b.detach(), allowed)
 
 
 def _floats_apart(a: Tensor, b: Tensor, allowed: Tolerance) -> str | None:
-    finite = a.isfinite() & b.isfinite()
-    odd = ~finite & ~((a == b) | (a.isnan() & b.isnan()))
-    if bool(odd.any()):
-        return f"is finite in other places ({int(odd.sum())} of {a.numel()})"
-    a, b = a[finite], b[finite]
-    if not a.numel():
+    """Works on a tile at a time: logits of a language model in float64, several times over, would take gigabytes."""
+    odd, most, count = 0, 0.0, 0
+    for x, y in _tiles(a, b):
+        finite = x.isfinite() & y.isfinite()
+        odd += int((~finite & ~((x == y) | (x.isnan() & y.isnan()))).sum())
+        most, count = max(most, float(torch.where(finite, x, 0.0).abs().amax())), count + int(finite.sum())
+    if odd:
+        return f"is finite in other places ({odd} of {a.numel()})"
+    if not count:
         return None
-    gap, most = (a - b).abs(), a.abs().amax()
-    scale = most * (a / most).square().mean().sqrt() if most > 0 else most
-    is_near = bool((gap <= allowed.relative * a.abs() + allowed.scaled * scale + FLOOR).all())
-    decibels = sqnr_db(a, b)
-    if is_near and (decibels >= allowed.least_db or bool(gap.amax() <= FLOOR)):
+    total, squares = ErrorSum(), 0.0
+    for x, y in _finite_tiles(a, b):
+        total.add(x, y)
+        squares += float((x / most).square().sum()) if most > 0 else 0.0
+    scale = most * math.sqrt(squares / count)
+    is_near = all(
+        bool(((x - y).abs() <= allowed.relative * x.abs() + allowed.scaled * scale + FLOOR).all())
+        for x, y in _finite_tiles(a, b)
+    )
+    decibels = total.sqnr_db or 0.0
+    if is_near and (decibels >= allowed.least_db or total.max_abs <= FLOOR):
         return None
-    largest = f"the largest difference is {float(gap.amax()):.3g} in values up to {float(most):.3g}"
+    largest = f"the largest difference is {total.max_abs:.3g} in values up to {most:.3g}"
     return f"agrees to {decibels:.1f} dB, {largest}"
+
+
+def _tiles(a: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Both in float64, some elements at a time."""
+    for x, y in zip(a.reshape(-1).split(TILE), b.reshape(-1).split(TILE), strict=True):
+        if x.numel():
+            yield x.double(), y.double()
+
+
+def _finite_tiles(a: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    for x, y in _tiles(a, b):
+        finite = x.isfinite()
+        if bool(finite.any()):
+            yield x[finite], y[finite]
 
 
 def coarsest(run: Callable[[], Any], values: Iterator[Any]) -> torch.dtype:
