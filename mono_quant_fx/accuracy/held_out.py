@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
@@ -38,7 +39,9 @@ def split(gm: fx.GraphModule, calibration: Reading | None, evaluation: Reading |
         limit: of samples to calibrate on, and of samples past them to judge on.
     """
     if calibration is None:
-        return Split() if evaluation is None else Split(None, evaluation.batches, EVALUATION)
+        if evaluation is None:
+            return Split()
+        return Split(None, evaluation.batches, EVALUATION, _holding_nan(evaluation.batches, EVALUATION))
     kept, rest = cut(calibration.batches, limit, gm)
     is_cut = not calibration.is_all or bool(rest)
     if evaluation is not None:
@@ -56,7 +59,22 @@ def split(gm: fx.GraphModule, calibration: Reading | None, evaluation: Reading |
         judged, measured_on = judged or kept, CALIBRATION
     elif measured_on == EVALUATION and any(known):
         notes += (f"{sum(known):,} of the {judged.samples:,} samples of evaluation_data were calibrated on as well",)
-    return Split(kept, judged, measured_on, notes)
+    return Split(kept, judged, measured_on, notes + _holding_nan(judged, measured_on))
+
+
+def _holding_nan(judged: Taken, measured_on: str) -> tuple[str, ...]:
+    """A note on samples that judge nothing: what is NaN in both graphs counts as equal."""
+    bad = [i for i, batch in enumerate(judged) if any(_has_nan(t) for t in batch.tensors())]
+    if not bad:
+        return ()
+    return (
+        f"{len(bad)} of {len(judged)} batches of the {measured_on} hold NaN (the first is batch {bad[0]}): what is NaN "
+        "in both graphs counts as equal, so that the figures leave it out; mask it or drop these batches",
+    )
+
+
+def _has_nan(t: Tensor) -> bool:
+    return (t.is_floating_point() or t.is_complex()) and t.layout is torch.strided and bool(t.isnan().any())
 
 
 def _hold_out(gm: fx.GraphModule, batches: Taken) -> tuple[Taken, Taken]:
@@ -115,7 +133,7 @@ def _content(value: Any) -> Hashable:
     """Equal for equal tensors and numbers; of anything else the object itself."""
     if isinstance(value, Tensor) and value.layout is torch.strided:
         plain = value.detach().resolve_conj().resolve_neg().cpu().contiguous()
-        return value.dtype, value.shape, plain.reshape(-1).view(torch.uint8).numpy().tobytes()
+        return value.dtype, value.shape, ctypes.string_at(plain.data_ptr(), plain.nbytes)  # numpy may be absent
     return value if isinstance(value, int | float | str) else id(value)
 
 

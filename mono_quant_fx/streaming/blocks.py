@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -125,4 +126,9 @@ class _Output:
         self.writer.write_rows(name, part)
         flat = part.detach().contiguous().view(-1)
         if flat.numel():
-            self.hashes[name].update(flat.view(torch.uint8).numpy())
+            self.hashes[name].update(_bytes(flat))
+
+
+def _bytes(flat: Tensor) -> ctypes.Array[ctypes.c_char]:
+    """A tensor's memory, without a copy; numpy, which has a way too, may be absent."""
+    return (ctypes.c_char * flat.nbytes).from_address(flat.data_ptr()) if flat.nbytes else (ctypes.c_char * 0)()
