@@ -149,7 +149,10 @@ def test_only_torch_safetensors_and_tabulate_are_needed():
     for path in SOURCES:
         names = outside_imports(path)
         assert not [n for n in names if n.startswith(("torch.ao", "torch.quantization"))], "deprecated"
-        assert ".numpy()" not in path.read_text(), f"{path}: it asks for numpy, which may be absent"
+        text = path.read_text()
+        assert ".numpy()" not in text and "import save_file" not in text, (
+            f"{path}: both need numpy, which may be absent"
+        )
         extra = {"tokenizers"} if path.name == "cli/demo_model.py" else set()  # the extra [demo]
         assert {n.split(".")[0] for n in names} <= allowed | extra, path
 

@@ -49,7 +49,7 @@ def test_a_failure_leaves_what_was_there(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(checkpoint_files, "save_file", full)
+    monkeypatch.setattr(checkpoint_files, "write_tensors", full)
     with pytest.raises(mq.CheckpointError, match="cannot be written: No space left"):
         write_checkpoint(folder, {"a": torch.zeros(2)}, {"new": True}, shard_bytes=10**9)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before

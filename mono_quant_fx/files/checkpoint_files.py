@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mono_quant_fx.errors import CheckpointError, FileFormatError
 from mono_quant_fx.files.kinds import START, kind_of
 from mono_quant_fx.files.paths import inside, is_plain
 from mono_quant_fx.files.wrapped_names import bare
+from mono_quant_fx.files.writer import write_tensors
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 #: Bytes of JSON that are read: an index of a million tensors is smaller.
@@ -201,15 +201,10 @@ def _index(files: Mapping[str, list[str]], tensors: Mapping[str, Tensor]) -> dic
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    save_file({name: _own(tensor) for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
-    _sync(path)
-
-
-def _own(tensor: Tensor) -> Tensor:
-    """On the CPU, with memory of its own: a view would be refused, or take the whole of its tensor along."""
-    tensor = tensor.detach().cpu()
-    is_whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
-    return tensor if is_whole else tensor.clone(memory_format=torch.contiguous_format)
+    """In the order in which safetensors' own writer has them, which needs numpy: large elements first, then by name."""
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    order = sorted(plain, key=lambda name: (-plain[name].dtype.itemsize, name))
+    write_tensors(path, {name: plain[name] for name in order}, {"format": "pt"})
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mono_quant_fx.accuracy.weight_figures import weight_errors
-from mono_quant_fx.files.writer import TensorWriter
+from mono_quant_fx.files.writer import TensorWriter, memory
 from mono_quant_fx.graph.annotation import QuantAnnotation
 from mono_quant_fx.graph.codes import codes_of
 from mono_quant_fx.numerics import affine
@@ -126,9 +125,4 @@ class _Output:
         self.writer.write_rows(name, part)
         flat = part.detach().contiguous().view(-1)
         if flat.numel():
-            self.hashes[name].update(_bytes(flat))
-
-
-def _bytes(flat: Tensor) -> ctypes.Array[ctypes.c_char]:
-    """A tensor's memory, without a copy; numpy, which has a way too, may be absent."""
-    return (ctypes.c_char * flat.nbytes).from_address(flat.data_ptr()) if flat.nbytes else (ctypes.c_char * 0)()
+            self.hashes[name].update(memory(flat.view(torch.uint8)))
