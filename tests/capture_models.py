@@ -133,3 +133,26 @@ CASES: dict[str, tuple[type[nn.Module], Any, str]] = {
     "attention": (Attention, r, "symbolic export auto"),
     "masked": (Masked, lambda b, t: (r(b, t), torch.zeros(t, t)), "export auto"),
 }  # fmt: skip
+
+
+class TwoLayers(nn.Module):
+    """Two linears of 64 with a ReLU between, and a number as second argument."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.act, self.b = nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)
+
+    def forward(self, x, scale: float = 1.0):
+        return self.b(self.act(self.a(x))) * scale
+
+
+def two_layers(kind: type[nn.Module] = TwoLayers) -> tuple[nn.Module, torch.Tensor]:
+    """The model in eval mode, and an input for it."""
+    torch.manual_seed(0)
+    return kind().eval(), torch.randn(8, 64)
+
+
+def assert_same(gm: nn.Module, model: nn.Module, *args: torch.Tensor) -> None:
+    """The graph computes what the model does."""
+    with torch.no_grad():
+        torch.testing.assert_close(gm(*args), model(*args), rtol=1e-5, atol=1e-5)

@@ -12,29 +12,13 @@ from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrize
 
 import mono_quant_fx as mq
+from tests.capture_models import TwoLayers as Net
+from tests.capture_models import assert_same
+from tests.capture_models import two_layers as net
 
 pytestmark = pytest.mark.filterwarnings("ignore:capture. the model fixes")
 OPTIONS = {"group_size": 32, "skip_param_threshold": 0}
 METHODS = pytest.mark.parametrize("method", ["symbolic", "export"])
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a, self.act, self.b = nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)
-
-    def forward(self, x, scale: float = 1.0):
-        return self.b(self.act(self.a(x))) * scale
-
-
-def net(kind=Net):
-    torch.manual_seed(0)
-    return kind().eval(), torch.randn(8, 64)
-
-
-def assert_same(gm, model, *args):
-    with torch.no_grad():
-        torch.testing.assert_close(gm(*args), model(*args), rtol=1e-5, atol=1e-5)
 
 
 # --- Hooks and whatever else stands around forward ---

@@ -6,29 +6,13 @@ import torch.nn.functional as F
 from torch import nn
 
 import mono_quant_fx as mq
+from tests.capture_models import TwoLayers as Net
+from tests.capture_models import assert_same
+from tests.capture_models import two_layers as net
 
 pytestmark = pytest.mark.filterwarnings("ignore:capture. the model fixes")
 OPTIONS = {"group_size": 32, "skip_param_threshold": 0}
 METHODS = pytest.mark.parametrize("method", ["symbolic", "export"])
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a, self.act, self.b = nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)
-
-    def forward(self, x, scale: float = 1.0):
-        return self.b(self.act(self.a(x))) * scale
-
-
-def net(kind=Net):
-    torch.manual_seed(0)
-    return kind().eval(), torch.randn(8, 64)
-
-
-def assert_same(gm, model, *args):
-    with torch.no_grad():
-        torch.testing.assert_close(gm(*args), model(*args), rtol=1e-5, atol=1e-5)
 
 
 def test_torchscript_is_refused_with_what_to_pass_and_kept_whole_inside_a_model():
@@ -145,9 +129,9 @@ def test_what_is_no_graph_is_refused_with_the_way_to_one():
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
-        (lambda m: mq.check_accuracy_warnings(m), mq.PreconditionError, "what mq.quantize returned is needed, not Net"),
-        (lambda m: mq.history(m), mq.PreconditionError, "history: a node of a graph is needed, not Net"),
-        (lambda m: mq.default_pipeline(m), mq.ConfigError, "a QuantConfig is needed, not Net"),
+        (lambda m: mq.check_accuracy_warnings(m), mq.PreconditionError, "what mq.quantize returned is needed, not TwoLayers"),
+        (lambda m: mq.history(m), mq.PreconditionError, "history: a node of a graph is needed, not TwoLayers"),
+        (lambda m: mq.default_pipeline(m), mq.ConfigError, "a QuantConfig is needed, not TwoLayers"),
         (lambda m: mq.quantize_weight_int4(m.a), mq.WeightError, "a dense tensor with values is needed, not Linear"),
         (lambda m: mq.quantize_weight_int4(m.a.weight.to("meta")), mq.WeightError, "not one on meta"),
         (lambda m: mq.sqnr_db([1.0], [1.0]), mq.InputError, "two tensors of one shape are needed, not list"),
