@@ -129,7 +129,11 @@ def test_what_is_no_graph_is_refused_with_the_way_to_one():
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
-        (lambda m: mq.check_accuracy_warnings(m), mq.PreconditionError, "what mq.quantize returned is needed, not TwoLayers"),
+        (
+            lambda m: mq.check_accuracy_warnings(m),
+            mq.PreconditionError,
+            "what mq.quantize returned is needed, not TwoLayers",
+        ),
         (lambda m: mq.history(m), mq.PreconditionError, "history: a node of a graph is needed, not TwoLayers"),
         (lambda m: mq.default_pipeline(m), mq.ConfigError, "a QuantConfig is needed, not TwoLayers"),
         (lambda m: mq.quantize_weight_int4(m.a), mq.WeightError, "a dense tensor with values is needed, not Linear"),

@@ -200,15 +200,21 @@ def _gaps(models: Sequence[str], cells: dict[tuple[str, str], Row], stale: set[t
     """What the page lacks: cells without a row, and rows of other sources."""
     absent = {m: [s.name for s in SETTINGS if (m, s.name) not in cells] for m in models}
     lines = [f"- {workload(m).NAME}: not measured: {', '.join(names)}" for m, names in absent.items() if names]
+    measured = {m: [s.name for s in SETTINGS if (m, s.name) in cells] for m in models}
     ours = {m: [s.name for s in SETTINGS if s.is_ours and (m, s.name) in cells] for m in models}
     old = {m: [s.name for s in SETTINGS if (m, s.name) in stale] for m in models}
     lines += [
         f"- {workload(m).NAME}: measured with other sources than those beside this page: "
-        f"{'all settings of mono_quant_fx' if len(names) > 1 and names == ours[m] else ', '.join(names)}"
+        f"{_all_of(names, {'everything': measured[m], 'all settings of mono_quant_fx': ours[m]})}"
         for m, names in old.items()
         if names
     ]
     return "## What is left to measure\n\n" + "\n".join(lines) + "\n" if lines else ""
+
+
+def _all_of(names: list[str], whole: dict[str, list[str]]) -> str:
+    """The word for all of them where `names` are all; else the names."""
+    return next((word for word, all_names in whole.items() if len(names) > 1 and names == all_names), ", ".join(names))
 
 
 def number(value: float | None, digits: int) -> str:
