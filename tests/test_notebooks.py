@@ -10,6 +10,7 @@ import re
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import nbformat
 import pytest
@@ -22,6 +23,8 @@ NOTEBOOKS = ("quantize_and_inspect.ipynb", "write_a_pass.ipynb")
 LARGEST = 300_000
 #: How far a printed figure may be from the stored one: rounding, on another machine.
 ABSOLUTE, RELATIVE = 0.3, 0.03
+#: The order of sums follows from it, and what a rounding search settles on.
+THREADS = "2"
 NUMBER = re.compile(r"-?\d+\.\d+(?:e-?\d+)?")
 
 
@@ -29,7 +32,8 @@ def run(name: str, folder: Path) -> Any:
     """The notebook with fresh outputs; a cell that raises fails."""
     notebook = nbformat.read(DOCS / name, as_version=4)
     client = NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(folder)}})
-    return client.execute()
+    with mock.patch.dict(os.environ, OMP_NUM_THREADS=THREADS):
+        return client.execute()
 
 
 def text_outputs(notebook: Any) -> list[str]:
