@@ -3,6 +3,8 @@
 import os
 import warnings
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read as torch is loaded: threads that wait sleep, and do not spin
+
 import pytest
 import torch
 
