@@ -12,8 +12,8 @@ from typing import Any
 
 from mono_quant_fx.accuracy.outputs import OutputFigure, why_none
 from mono_quant_fx.accuracy.row import AccuracyRow, cells_of, columns_of, db, figures_of, kib, tabulated
-from mono_quant_fx.web import table
 from mono_quant_fx.web.page import Shown
+from mono_quant_fx.web.table import HtmlRow, render
 
 #: What a table was measured on, and what that means.
 EVALUATION, HELD_OUT, CALIBRATION = "evaluation data", "held-out data", "calibration data"
@@ -69,9 +69,9 @@ class AccuracyTable(Shown):
         The few lines of script and style that it needs are part of it; without scripts it is a plain table.
         """
         cells = [cells_of(row) for row in self.rows]
-        rows = [table.HtmlRow(c, figures_of(row), row.status) for c, row in zip(cells, self.rows, strict=True)]
+        rows = [HtmlRow(c, figures_of(row), row.status) for c, row in zip(cells, self.rows, strict=True)]
         total = self._total()
-        return table.render(columns_of([*cells, total]), rows, table.HtmlRow(total, {}), self._notes())
+        return render(columns_of([*cells, total]), rows, HtmlRow(total, {}), self._notes())
 
     def _repr_html_(self) -> str:
         return self.to_html()

@@ -70,19 +70,20 @@ def read_header(file: Tensors) -> Header:
             f"{file.path}: format_version {version!r:.40}; this release reads {FORMAT_VERSION}; use one that is newer"
         )
     try:
-        return from_plain(Header, data | {"config": _as_now(data.get("config"))}, str(file.path))
+        return from_plain(Header, _as_now(data), str(file.path))
     except RecursionError as e:
         raise FileFormatError(f"{file.path}: its {KEY!r} entry is nested too deep") from e
 
 
-def _as_now(config: Any) -> Any:
-    """The settings of a file, under the names that they have today."""
+def _as_now(data: dict[str, Any]) -> dict[str, Any]:
+    """A header whose settings have the names of today."""
+    config = data.get("config")
     if not isinstance(config, dict):
-        return config
+        return data
     config = {RENAMED.get(name, name): value for name, value in config.items()}
     if config.get("compute") == "int8":
         config |= {"compute": "auto", "activations": "int8_dynamic"}
-    return config
+    return data | {"config": config}
 
 
 @in_plain_surroundings

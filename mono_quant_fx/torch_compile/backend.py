@@ -115,9 +115,8 @@ class CompileBackend:
             warnings.warn(f"compile_backend: a graph runs in float: {TRAINED}", PerformanceWarning, stacklevel=2)
         if not entries:
             return self.inner(gm, list(example_inputs), **options)
-        quantized = Pipeline(lowering(replace(self.config, merge_linears=False), activations=False))(
-            attached
-        ).graph_module
+        tail = lowering(replace(self.config, merge_linears=False), activations=False)
+        quantized = Pipeline(tail)(attached).graph_module
         slots = [
             _Slot(self, number, lifted.inputs[a.weight], a)
             for _, a in annotated(quantized)
