@@ -258,3 +258,15 @@ def test_the_guard_sees_one_element_past_the_end(tmp_path):
         command = [sys.executable, "-W", "ignore", "-c", code.format(size)]
         done = subprocess.run(command, env=graph_fuzz.environment(library), capture_output=True, text=True)
         assert done.returncode == ended, done.stderr
+
+
+class Padded(nn.Module):
+    def forward(self, x):
+        return torch.nn.functional.conv1d(x, torch.ones(1, 4, 3), padding=x.shape[2] // 4)
+
+
+def test_what_load_would_refuse_is_not_saved():
+    """A window that is computed: the file was written, and could not be read."""
+    gm = mq.capture(Padded().eval(), method="symbolic")
+    with pytest.raises(mq.NotSelfContainedError, match="conv1d, and its window is"):
+        graph_to_json(gm)

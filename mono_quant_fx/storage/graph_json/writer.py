@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 from torch.fx.graph import CodeGen, _PyTreeCodeGen
 
-from mono_quant_fx.errors import NotSelfContainedError
+from mono_quant_fx.errors import GraphFormatError, NotSelfContainedError
 from mono_quant_fx.files.json_records import to_plain
 from mono_quant_fx.frontend.guards import GuardsFn, is_guards, trace_guards
 from mono_quant_fx.functionalization.pure_writes import Through
@@ -18,6 +18,7 @@ from mono_quant_fx.graph.annotation import get_annotation
 from mono_quant_fx.graph.provenance import Step, history
 from mono_quant_fx.graph.tensors import get_attribute, is_persistent, module_stack, named_tensors
 from mono_quant_fx.storage.graph_json.allowed_aten import WAYS_OUT
+from mono_quant_fx.storage.graph_json.call_checks import check_call
 from mono_quant_fx.storage.graph_json.calls import function_name, is_method
 from mono_quant_fx.storage.graph_json.containers import tree_to_json
 from mono_quant_fx.storage.graph_json.leaf_modules import check_hooks, leaf_to_json
@@ -169,6 +170,10 @@ def _target(node: fx.Node) -> str:
         raise NotSelfContainedError(
             f"it calls {_spelled(node.target)}, which a stored graph may not call: {_way_out(node.target)}"
         )
+    try:
+        check_call(node.target, node.args, dict(node.kwargs))
+    except GraphFormatError as e:  # load would refuse what save wrote
+        raise NotSelfContainedError(f"it calls {name}, and {e}") from e
     return name
 
 
